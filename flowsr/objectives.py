@@ -1,0 +1,40 @@
+"""What the network is trained on: at which noise levels, and by which distance."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+LOSSES = {
+    "l1": F.l1_loss,  # posterior median: sharper, and the dial then works (see README, "How it works")
+    "mse": F.mse_loss,  # posterior mean: Lipman et al. 2023, eq. 14
+}
+
+
+def sigmas_for(index: torch.Tensor, seed: int, atom: float, low: float = 0.02) -> torch.Tensor:
+    """The noise level at which each training crop is seen.
+
+    With probability `atom` sigma is 1, where the network alone makes the one-step answer; else it is uniform in
+    (low, 1). The uniform numbers behind it are the Kronecker sequence frac(u + index * golden ratio), so that any run
+    of consecutive crops is spread evenly, however it is cut into batches, accumulation steps and processes.
+
+    Args:
+        index (`torch.LongTensor` of shape `(batch,)`): running number of each crop since the start of training.
+        seed (`int`): start of the sequence.
+        atom (`float` in [0, 1]): share of crops at sigma = 1.
+        low (`float` in (0, 1)): smallest sigma; the velocity of a predicted image divides by it.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32, in (low, 1].
+    """
+    start = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    u = (start + index.cpu().double() * GOLDEN_RATIO) % 1.0
+    spread = 1 - (1 - low) * (u - atom) / max(1 - atom, 1e-12)
+    return torch.where(u < atom, torch.ones_like(u), spread).float().to(index.device)
+
+
+def generators_for(index: torch.Tensor, seed: int) -> list[torch.Generator]:
+    """One generator per crop, a function of (seed, crop) alone: the noise of a crop is the same in any batch."""
+    return [torch.Generator(index.device).manual_seed(seed * 2**40 + int(i)) for i in index]

@@ -1,0 +1,3 @@
+from .unet_sr import UNetSRModel
+
+__all__ = ["UNetSRModel"]

@@ -1,0 +1,265 @@
+"""Euler scheduler for flow matching between a source (noise, noisy upsampled LR, or a prior's estimate) and the image.
+
+One self-contained file on purpose: it imports torch, numpy and diffusers alone, so that it can travel with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class FlowMatchSREulerSchedulerOutput(BaseOutput):
+    """prev_sample: the state at the next sigma; pred_original_sample: the image estimate. Both `(batch, c, h, w)`."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+def path_coefficients(path: str, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """a, b and their derivatives by sigma, for x_t = a * hr + b * source.
+
+    "linear": rectified flow, Liu et al. 2022, eq. 1. "vp": the trigonometric interpolant, Albergo and Vanden-Eijnden
+    2023, eq. 2.5: variance preserving for a source independent of the image.
+    """
+    if path == "linear":
+        return 1 - sigma, sigma, -torch.ones_like(sigma), torch.ones_like(sigma)
+    angle = sigma * (math.pi / 2)
+    a, b = torch.cos(angle), torch.sin(angle)
+    return a, b, -math.pi / 2 * b, math.pi / 2 * a
+
+
+class FlowMatchSREulerScheduler(SchedulerMixin, ConfigMixin):
+    r"""Draws the source, mixes it with the image for training, and walks back along the flow for inference.
+
+    Direction and names are those of diffusers: sigma runs from 1 (source) to 0 (image), `timestep = sigma *
+    num_train_timesteps`, `x_t = a(sigma) * hr + b(sigma) * source`, `velocity = d x_t / d sigma` (`source - hr` on the
+    linear path). The t of the flow-matching papers (Lipman et al. 2023; Liu et al. 2022) is `1 - sigma`.
+
+    A step reads hr and source off the prediction and mixes them anew at the next sigma. On the linear path this is
+    Euler's step x + (sigma_next - sigma) * velocity; on the "vp" path it is that of DDIM (Song et al. 2021, eq. 12).
+    The last step, to sigma = 0, returns the image estimate itself.
+
+    `step` depends on its arguments and the grid alone: it may be called twice, out of order, or tile by tile.
+
+    Args:
+        num_train_timesteps (`int`): what the network sees as sigma = 1.
+        source (`"noise"`, `"lr"`, `"prior"`): mean of the source: zero, the upsampled LR (data-dependent coupling,
+            Albergo et al. 2023), or another model's estimate (posterior-mean rectified flow, Ohayon et al. 2024).
+        source_noise_std (`float`): std of the Gaussian noise in the source, in units of the [-1, 1] range.
+        path (`"linear"`, `"vp"`): see `path_coefficients`.
+        prediction_type (`"velocity"`, `"sample"`): what the network predicts: the velocity or the image.
+        evaluate_at (`"start"`, `"middle"`): the time that the network is told within a step; the state is always that
+            of the start.
+    """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        source: Literal["noise", "lr", "prior"] = "lr",
+        source_noise_std: float = 0.1,
+        path: Literal["linear", "vp"] = "linear",
+        prediction_type: Literal["velocity", "sample"] = "sample",
+        evaluate_at: Literal["start", "middle"] = "start",
+    ):
+        choices = {
+            "source": (source, ("noise", "lr", "prior")),
+            "path": (path, ("linear", "vp")),
+            "prediction_type": (prediction_type, ("velocity", "sample")),
+            "evaluate_at": (evaluate_at, ("start", "middle")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+        if num_train_timesteps <= 0:
+            raise ValueError(f"`num_train_timesteps` must be positive, got {num_train_timesteps}.")
+        if source_noise_std < 0 or (source == "noise" and source_noise_std == 0):
+            raise ValueError(
+                f"`source_noise_std` must be positive (0 is allowed for 'lr' and 'prior'), got {source_noise_std}."
+            )
+        self.num_inference_steps: int | None = None
+        self._set_grid(np.linspace(1, 0, num_train_timesteps + 1)[:-1], device=None)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Std of the noise in the initial state."""
+        return self.config.source_noise_std
+
+    # Training and the initial state.
+
+    def sample_source(
+        self,
+        lr_up: torch.Tensor,
+        prior: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Draws the start of the flow: mean + source_noise_std * noise, one draw per picture.
+
+        Args:
+            lr_up (`torch.Tensor` of shape `(batch, c, h, w)`, in [-1, 1]): the LR on the grid of the image; gives the
+                shape, and the mean for `source="lr"`.
+            prior (`torch.Tensor` of the same shape, *optional*): the mean for `source="prior"`.
+            generator (`torch.Generator`, or a list of one per picture, *optional*).
+
+        Raises:
+            ValueError: where `prior` is missing, or the number of generators is not the batch size.
+        """
+        if (self.config.source == "prior") != (prior is not None):
+            wanted = "needs" if prior is None else "does not use"
+            raise ValueError(f"A scheduler with `source={self.config.source!r}` {wanted} `prior`.")
+        batch = lr_up.shape[0]
+        generators = generator if isinstance(generator, list) else [generator] * batch
+        if len(generators) != batch:
+            raise ValueError(f"`generator` must hold one generator per picture, got {len(generators)} for {batch}.")
+        # Picture by picture, so that a batch is the same as its pictures one by one.
+        one = (1, *lr_up.shape[1:])
+        draws = [randn_tensor(one, generator=g, device=lr_up.device, dtype=lr_up.dtype) for g in generators]
+        noise = self.config.source_noise_std * torch.cat(draws)
+        if self.config.source == "noise":
+            return noise
+        return (lr_up if prior is None else prior) + noise
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """x_t = a * original_samples + b * noise, with `noise` a draw of `sample_source`; timesteps `()` or `(batch,)`."""
+        a, b, _, _ = self._coefficients(timesteps, original_samples)
+        return a * original_samples + b * noise
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """d x_t / d sigma between the image `sample` and the source `noise`: the regression target of flow matching."""
+        _, _, a_rate, b_rate = self._coefficients(timesteps, sample)
+        return a_rate * sample + b_rate * noise
+
+    def predict_velocity(
+        self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity that a network output at state `sample` means, whatever the network predicts."""
+        if self.config.prediction_type == "velocity":
+            return model_output
+        a, b, a_rate, b_rate = self._coefficients(timesteps, sample)
+        return a_rate * model_output + b_rate * (sample - a * model_output) / b
+
+    # Inference.
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Sets the grid: `num_inference_steps` equal steps from 1 to 0, or the starts of the steps as given.
+
+        `sigmas` and `timesteps` (= sigma * num_train_timesteps) fall strictly and lie in (0, 1] and (0,
+        num_train_timesteps]; the final 0 is not part of them.
+        """
+        if sum(x is not None for x in (num_inference_steps, sigmas, timesteps)) == 0:
+            raise ValueError("Give `num_inference_steps`, `sigmas` or `timesteps`.")
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("Give `sigmas` or `timesteps`, not both.")
+        if timesteps is not None:
+            sigmas = np.asarray(torch.as_tensor(timesteps).cpu(), dtype=np.float64) / self.config.num_train_timesteps
+        if sigmas is None:
+            if num_inference_steps < 1:
+                raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+            sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
+        sigmas = np.asarray(torch.as_tensor(sigmas).cpu(), dtype=np.float64)
+        valid = sigmas.ndim == 1 and len(sigmas) > 0 and (np.diff(sigmas) < 0).all() and 0 < sigmas[-1]
+        if not valid or sigmas[0] > 1:
+            raise ValueError(
+                "The grid must fall strictly within (0, 1], without the final 0 (in timesteps: times "
+                f"{self.config.num_train_timesteps}), got sigmas {sigmas.tolist()}."
+            )
+        if num_inference_steps is not None and num_inference_steps != len(sigmas):
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {len(sigmas)} steps were given.")
+        self.num_inference_steps = len(sigmas)
+        self._set_grid(sigmas, device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """The state as it is: scaling is the network's."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchSREulerSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """From the state at one sigma of the grid to the next, in float32 at least.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, c, h, w)`): the prediction at `timestep`.
+            timestep (`float` or scalar `torch.Tensor`): an element of `timesteps`.
+            sample (`torch.Tensor` of shape `(batch, c, h, w)`): the state x_t.
+            generator: not used (the flow is deterministic); here for the interface of diffusers.
+
+        Raises:
+            ValueError: if `timestep` is not on the grid.
+        """
+        index = self.index_for_timestep(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        x_t, prediction = sample.to(dtype), model_output.to(dtype)
+        sigma, sigma_next = self.sigmas[index].to(x_t), self.sigmas[index + 1].to(x_t)
+        a, b, a_rate, b_rate = path_coefficients(self.config.path, sigma)
+        if self.config.prediction_type == "sample":
+            hr = prediction
+            source = (x_t - a * hr) / b
+        else:
+            determinant = a * b_rate - b * a_rate
+            hr = (b_rate * x_t - b * prediction) / determinant
+            source = (a * prediction - a_rate * x_t) / determinant
+        a_next, b_next, _, _ = path_coefficients(self.config.path, sigma_next)
+        prev_sample = hr if sigma_next == 0 else a_next * hr + b_next * source
+        prev_sample, hr = prev_sample.to(sample.dtype), hr.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, hr
+        return FlowMatchSREulerSchedulerOutput(prev_sample=prev_sample, pred_original_sample=hr)
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """Position of `timestep` in `timesteps`."""
+        timestep = float(timestep)
+        distance = (self.timesteps.double().cpu() - timestep).abs()
+        index = int(distance.argmin())
+        if distance[index] > 1e-5 * self.config.num_train_timesteps:
+            raise ValueError(
+                f"`timestep` must be an element of `scheduler.timesteps`, got {timestep}; the nearest is "
+                f"{float(self.timesteps[index])}. Call `set_timesteps` first."
+            )
+        return index
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def _set_grid(self, sigmas: np.ndarray, device: str | torch.device | None) -> None:
+        edges = np.append(sigmas, 0.0)
+        seen = edges[:-1] if self.config.evaluate_at == "start" else (edges[:-1] + edges[1:]) / 2
+        self.sigmas = torch.tensor(edges, dtype=torch.float32)  # on the CPU: read as numbers, step by step
+        self.timesteps = torch.tensor(seen * self.config.num_train_timesteps, dtype=torch.float32, device=device)
+
+    def _coefficients(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Path coefficients at `timesteps` (`()` or `(batch,)`), shaped to broadcast over `like` (batch first)."""
+        timesteps = torch.as_tensor(timesteps, device=like.device)
+        if timesteps.ndim > 1 or (timesteps.ndim == 1 and len(timesteps) not in (1, like.shape[0])):
+            raise ValueError(
+                f"`timesteps` must have shape () or ({like.shape[0]},) for a batch of {like.shape[0]}, "
+                f"got {tuple(timesteps.shape)}."
+            )
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        sigma = timesteps.to(dtype).reshape(-1, *[1] * (like.ndim - 1)) / self.config.num_train_timesteps
+        return tuple(c.to(like.dtype) for c in path_coefficients(self.config.path, sigma))

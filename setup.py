@@ -1,0 +1,40 @@
+"""Packaging of flowsr: the three component folders at the root become subpackages of one import namespace."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TRAIN = ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"]
+TEST = ["pytest>=8", "ruff", "scipy"]
+
+setup(
+    name="flowsr",
+    version="0.1.0",
+    description="Image super-resolution by flow matching, in the manner of diffusers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["flowsr", "flowsr.models", "flowsr.schedulers", "flowsr.pipelines"],
+    package_dir={
+        "flowsr": "flowsr",
+        "flowsr.models": "models",
+        "flowsr.schedulers": "schedulers",
+        "flowsr.pipelines": "pipelines",
+    },
+    package_data={"flowsr": ["py.typed", "weights/*/*", "weights/*/*/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.38",
+        "transformers>=4.50",
+        "accelerate>=1.5",
+        "huggingface_hub>=0.30",
+        "safetensors>=0.5",
+        "pillow>=10",
+        "numpy>=1.26",
+        "torchmetrics>=1.4",
+        "tqdm",
+    ],
+    extras_require={"train": TRAIN, "demo": ["gradio>=5"], "test": TRAIN + TEST},
+    entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
+)
