@@ -15,14 +15,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["flowsr", "flowsr.models", "flowsr.schedulers", "flowsr.pipelines"],
+    packages=["flowsr", "flowsr.models", "flowsr.schedulers", "flowsr.pipelines", "flowsr.examples"],
     package_dir={
         "flowsr": "flowsr",
         "flowsr.models": "models",
         "flowsr.schedulers": "schedulers",
         "flowsr.pipelines": "pipelines",
+        "flowsr.examples": "examples",
     },
-    package_data={"flowsr": ["py.typed", "weights/*/*", "weights/*/*/*"]},
+    package_data={"flowsr": ["py.typed", "weights/*/*", "weights/*/*/*"], "flowsr.examples": ["*.png", "*.md"]},
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.38",

@@ -6,7 +6,8 @@
     accelerate launch train_sr.py --train_data_dir PHOTOS --pretrained_model_name_or_path OLD_FOLDER   # fine-tuning
 
 What is trained: crop number k of the run, its noise level and its noise are functions of (seed, k) alone. So a resumed
-run is the same as an uninterrupted one, and batch size, accumulation and processes only cut the same stream differently.
+run is the same as an uninterrupted one, and batch size, accumulation and processes only cut the same stream
+differently.
 The finished pipeline lands in `--output_dir`, with the settings, the log and pictures of the validation beside it.
 """
 
@@ -212,9 +213,7 @@ def main(arguments: list[str]) -> None:
         accelerator.print(f"Resumed from {checkpoint}: {progress.step} steps, {progress.images:,} crops.")
 
     # The rest of the stream of crops.
-    crops_per_step = (
-        settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    )
+    crops_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     steps_left = max(settings.max_train_steps - progress.step, 0)
     crops = CropDataset(
         images,
@@ -233,14 +232,16 @@ def main(arguments: list[str]) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "settings.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
     log(accelerator, output_dir, {"event": "start", "step": progress.step, **versions()})
-    accelerator.init_trackers("flowsr", {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str))})
+    accelerator.init_trackers(
+        "flowsr", {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str))}
+    )
     accelerator.print(
         f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(images)} pictures, "
         f"{crops_per_step} crops of {settings.resolution} per step, {steps_left} steps to go on {accelerator.device}."
     )
 
     def validate() -> None:
-        """PSNR of the EMA weights on the held-out pictures at 1 and 4 steps; `bicubic | 1 step | 4 steps | original`."""
+        """PSNR of the EMA weights on the held-out pictures, and a grid `bicubic | 1 step | 4 steps | original`."""
         if not accelerator.is_main_process or not settings.num_validation_images:
             return
         ema.store(unet.parameters())

@@ -46,7 +46,8 @@ def load_images(train_data_dir: list[str] | None, dataset_name: str | None):
 class CropDataset(Dataset):
     """The training stream: crop number `index` is a function of (seed, index) alone.
 
-    Each pass over the pictures is a new permutation; each visit takes one random crop, flipped and turned by one of the
+    Each pass over the pictures is a new permutation; each visit takes one random crop, flipped and turned by one of
+    the
     eight symmetries of the square. The LR comes from the whole picture, so crops have no edges of their own. A stream
     that begins at `start` continues one that ended there, to the bit.
 
@@ -87,7 +88,7 @@ class CropDataset(Dataset):
         }
 
     def pair(self, picture: int) -> tuple[np.ndarray, np.ndarray]:
-        """A picture, cut to a multiple of the scale, and its LR: `(h, w, 3)` and `(h / scale, w / scale, 3)`, uint8."""
+        """A picture, cut to a multiple of the scale, and its LR; uint8 of shape `(h, w, 3)`."""
         if picture in self.cache:
             return self.cache[picture]
         hr = np.asarray(self.images[picture]["image"].convert("RGB"))

@@ -46,21 +46,23 @@ def round_to_uint8(image: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(image + 0.5), 0, 255).astype(np.uint8)
 
 
-def downscale(image: np.ndarray, scale: int) -> np.ndarray:
+def downscale(image: np.ndarray, scale: int, rounded: bool = True) -> np.ndarray:
     """MATLAB's `imresize(image, 1 / scale)` for uint8: the published x4 test images, bit for bit.
 
     Args:
         image (`np.ndarray` of shape `(h, w)` or `(h, w, channels)`, uint8): sides that are multiples of `scale`.
         scale (`int`): HR pixels per LR pixel.
+        rounded (`bool`): uint8 as MATLAB gives it, rows first and rounded in between; else float64, never rounded.
 
     Returns:
-        `np.ndarray` of shape `(h / scale, w / scale[, channels])`, uint8. Rows first, rounded in between, as MATLAB does.
+        `np.ndarray` of shape `(h / scale, w / scale[, channels])`.
     """
     if image.dtype != np.uint8:
         raise TypeError(f"`image` must be uint8, got {image.dtype}.")
-    height, width = image.shape[:2]
-    rows = bicubic_matrix(height, scale) @ image.reshape(height, -1).astype(np.float64)
-    rows = round_to_uint8(rows).reshape(height // scale, *image.shape[1:])
-    columns = np.moveaxis(rows, 1, 0)
-    out = bicubic_matrix(width, scale) @ columns.reshape(width, -1).astype(np.float64)
-    return np.moveaxis(round_to_uint8(out).reshape(width // scale, *columns.shape[1:]), 0, 1)
+    for axis in (0, 1):
+        moved = np.moveaxis(image, axis, 0)
+        flat = bicubic_matrix(len(moved), scale) @ moved.reshape(len(moved), -1).astype(np.float64)
+        image = np.moveaxis(flat.reshape(-1, *moved.shape[1:]), 0, axis)
+        if rounded:
+            image = round_to_uint8(image)
+    return image

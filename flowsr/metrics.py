@@ -1,13 +1,18 @@
 """Distances between pictures as the super-resolution literature computes them.
 
 Pictures are `(h, w, 3)` arrays of uint8. PSNR and SSIM are taken on the luma of BT.601 in studio range, without a
-border of `scale` pixels (Timofte et al. 2014 and all since).
+border of `border` pixels, which is the scale (Timofte et al. 2014 and most papers since).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
+
+from flowsr.degradations import downscale
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -20,13 +25,72 @@ def inner_luma(a: np.ndarray, b: np.ndarray, border: int) -> tuple[np.ndarray, n
     if a.shape != b.shape:
         raise ValueError(f"The pictures must have one shape, got {a.shape} and {b.shape}.")
     if min(a.shape[:2]) <= 2 * border:
-        raise ValueError(f"Nothing is left of a {a.shape[1]}x{a.shape[0]} picture without a border of {border} pixels.")
+        raise ValueError(
+            f"Nothing is left of a {a.shape[1]}x{a.shape[0]} picture without a border of {border} pixels."
+        )
     inside = slice(border, a.shape[0] - border), slice(border, a.shape[1] - border)
     return luma(a)[inside], luma(b)[inside]
 
 
-def psnr_y(a: np.ndarray, b: np.ndarray, border: int) -> float:
-    """Peak signal-to-noise ratio on luma, in dB; infinite for equal pictures."""
-    y_a, y_b = inner_luma(a, b, border)
-    error = np.mean((y_a - y_b) ** 2)
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio for a peak of 255, in dB; infinite for equal arrays."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")
+
+
+def psnr_y(a: np.ndarray, b: np.ndarray, border: int) -> float:
+    """Peak signal-to-noise ratio on luma, in dB.
+
+    Example:
+
+        >>> grey = np.full((32, 32, 3), 100, np.uint8)
+        >>> round(psnr_y(grey, grey + np.uint8(10), border=4), 2)  # 10 levels of RGB are 8.59 of luma
+        29.45
+    """
+    return psnr(*inner_luma(a, b, border))
+
+
+def ssim_y(a: np.ndarray, b: np.ndarray, border: int) -> float:
+    """Structural similarity on luma: Wang et al. 2004, window 11x11 of std 1.5, averaged where the window fits."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    y_a, y_b = (torch.from_numpy(y)[None, None] for y in inner_luma(a, b, border))
+    return float(structural_similarity_index_measure(y_a, y_b, sigma=1.5, kernel_size=11, data_range=255.0))
+
+
+def lr_psnr(sr: np.ndarray, lr: np.ndarray, scale: int) -> float:
+    """Does the output downscale to the input? PSNR over RGB of the downscaled `sr` against `lr` (Lugmayr et al. 2020).
+
+    Downscaling is MATLAB's bicubic, kept in float so that its own rounding does not count.
+    """
+    return psnr(downscale(sr, scale, rounded=False), lr)
+
+
+def load_lpips(weights: str | None) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
+    """LPIPS v0.1 (Zhang et al. 2018; lower is better) as a function of two pictures, and what it is in words.
+
+    With `weights`, a safetensors file of the SqueezeNet variant; without, torchmetrics' where it has its weights at
+    hand. The function is `None` where neither can be had, and the words say why.
+    """
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise ValueError(f"`lpips_weights`: there is no file {weights}.")
+        from flowsr.lpips import SqueezeLPIPS
+
+        network = SqueezeLPIPS(weights)
+        words = "LPIPS v0.1, SqueezeNet"
+    else:
+        try:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            network = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").eval()
+        except Exception as error:  # no torchvision, no network, no cache: each in its own way
+            return None, f"no LPIPS: torchmetrics cannot have its weights here ({error}); give `--lpips_weights FILE`"
+        words = "LPIPS v0.1, SqueezeNet, torchmetrics"
+
+    @torch.no_grad()
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        x, y = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for p in (a, b))
+        return float(network(x, y))
+
+    return distance, words

@@ -36,7 +36,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 def make_norm(kind: str, channels: int, groups: int) -> nn.Module:
-    """"none", "group" (GroupNorm: mixes the whole picture) or "layer" (each pixel by itself)."""
+    """ "none", "group" (GroupNorm: mixes the whole picture) or "layer" (each pixel by itself)."""
     if kind == "none":
         return nn.Identity()
     if kind == "layer":
@@ -99,7 +99,9 @@ class SRAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, channels: int, heads: int):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"`num_attention_heads` must divide the width, got {heads} heads for {channels} channels.")
+            raise ValueError(
+                f"`num_attention_heads` must divide the width, got {heads} heads for {channels} channels."
+            )
         self.heads, self.inner_dim, self.query_dim = heads, channels, channels
         self.use_bias, self.is_cross_attention = True, False
         self.to_q = nn.Linear(channels, channels)
@@ -143,13 +145,15 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
     pixel-unshuffled (Shi et al. 2016), which leaves `scale_factor ** 2` times fewer positions than `patch_size=1`.
     With one entry in `block_out_channels` there is no down-sampling: a flat residual network with one long skip.
 
-    With `precondition=True` the network predicts the image as a residual over the upsampled LR, with inputs and outputs
-    of unit variance at every noise level. For r = hr - lr_up of std s_r, source noise of std s and
+    With `precondition=True` the network predicts the image as a residual over the upsampled LR, with inputs and
+    outputs of unit variance at every noise level. For r = hr - lr_up of std s_r, source noise of std s and
     v = ((1 - sigma) s_r)^2 + (sigma s)^2:
 
-        hr = lr_up + (1 - sigma) s_r^2 / v * (x_t - lr_up) + sigma s s_r / sqrt(v) * F((x_t - lr_up) / sqrt(v), sigma, lr)
+        hr = lr_up + (1 - sigma) s_r^2 / v * (x_t - lr_up) + sigma s s_r / sqrt(v) * F((x_t - lr_up) / sqrt(v), sigma,
+        lr)
 
-    which is Karras et al. 2022 (EDM), table 1 and appendix B.6, for x_t - lr_up = (1 - sigma) r + sigma s noise, that is
+    which is Karras et al. 2022 (EDM), table 1 and appendix B.6, for x_t - lr_up = (1 - sigma) r + sigma s noise, that
+    is
     for the sources "lr" and "prior" of the scheduler on its linear path. At sigma = 1 the network output alone is the
     residual.
 
@@ -163,7 +167,8 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         mid_layers (`int`): residual blocks between the two.
         norm (`"none"`, `"group"`, `"layer"`): "none" and "layer" keep tiles exact, "group" mixes the whole picture.
         norm_num_groups (`int`): groups of `norm="group"`.
-        attention_levels (`tuple[int]`): levels with global self-attention behind each residual block (0 is the finest).
+        attention_levels (`tuple[int]`): levels with global self-attention behind each residual block (0 is the
+            finest).
         mid_attention (`bool`): global self-attention between the middle blocks.
         num_attention_heads (`int`): heads of every attention.
         time_embedding_dim (`int`): width of the sinusoidal embedding and of its two-layer MLP.
@@ -173,7 +178,10 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         precondition (`bool`): see above.
         residual_std (`float`): s_r, in units of the [-1, 1] range.
         source_noise_std (`float`): s, as in the scheduler.
-        bicubic_coefficient (`-0.5` or `-0.75`): the cubic of the internal upsampling: MATLAB's and Pillow's, or torch's.
+        bicubic_coefficient (`-0.5` or `-0.75`): the cubic of the internal upsampling: MATLAB's and Pillow's, or
+            torch's.
+        condition_dropout (`float`): share of training crops whose LR features were dropped; guidance needs more than
+            0.
 
     Raises:
         ValueError: for settings that do not fit each other, naming them.
@@ -208,6 +216,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         residual_std: float = 0.09,
         source_noise_std: float = 0.1,
         bicubic_coefficient: float = -0.5,
+        condition_dropout: float = 0.0,
     ):
         super().__init__()
         if norm not in ("none", "group", "layer"):
@@ -248,7 +257,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         widths = list(block_out_channels)
         last = widths[-1]
         common = {"temb_channels": time_embedding_dim, "norm": norm, "groups": norm_num_groups}
-        heads = {level: num_attention_heads for level in attention_levels}
+        heads = dict.fromkeys(attention_levels, num_attention_heads)
         self.conv_in = nn.Conv2d(in_channels * patch_size**2 + cond_channels, widths[0], 3, padding=1)
         self.down_stages, self.up_stages = nn.ModuleList(), nn.ModuleList()
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
@@ -290,7 +299,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             radius += 2 * 2 * config.layers_per_block * 2**level  # two 3x3 convolutions a block, down and up
         radius += 2 * config.mid_layers * 2 ** (levels - 1)
         radius += sum(2**level + 2 * 2**level for level in range(levels - 1))  # strided conv; nearest and conv
-        return radius * config.patch_size + 3 * config.scale_factor  # bicubic upsampling of lr
+        return radius * config.patch_size + 3 * config.scale_factor  # and the upsampling or the detail of lr
 
     def preconditioning(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """c_in, c_skip, c_out of the class docstring, of the shape of `sigma` (in [0, 1])."""
@@ -332,11 +341,12 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             scale=config.time_embedding_scale,
             max_period=config.time_embedding_max_period,
         )
-        temb = self.time_embedding(temb.to(sample.dtype))
+        dtype = self.conv_in.weight.dtype  # the convolutions' own; the picture itself stays as precise as it came
+        temb = self.time_embedding(temb.to(dtype))
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
 
-        # Input: the state, and the LR as it is where the grids agree.
+        # Input: the state, and the LR: as it is where the grids agree, else upsampled and unshuffled like the state.
         x, skip, lr_up = sample, None, None
         if lr is not None and (config.precondition or config.patch_size != config.scale_factor):
             antialias = config.bicubic_coefficient == -0.5  # torch's antialiased kernel is the cubic with -0.5
@@ -346,16 +356,16 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             c_in, c_skip, c_out = self.preconditioning(sigma)
             residual = sample - lr_up
             x, skip = c_in * residual, lr_up + c_skip * residual
-        h = F.pixel_unshuffle(x, config.patch_size).to(sample.dtype)  # (b, c, H, W) -> (b, c * p * p, H / p, W / p)
+        h = F.pixel_unshuffle(x, config.patch_size).to(dtype)  # (b, c, H, W) -> (b, c * p * p, H / p, W / p)
         if lr is not None:
             same_grid = config.patch_size == config.scale_factor
             condition = lr if same_grid else F.pixel_unshuffle(lr_up, config.patch_size)
-            if config.precondition:
+            if config.precondition:  # beside the LR its detail, at the scale of the residual that it is to explain
                 mean = F.avg_pool2d(condition, 5, stride=1, padding=2, count_include_pad=False)
                 condition = torch.cat([condition, (condition - mean) / config.residual_std], dim=1)
             if drop_condition is not None:
                 condition = condition * ~drop_condition[:, None, None, None]
-            h = torch.cat([h, condition.to(h.dtype)], dim=1)
+            h = torch.cat([h, condition.to(dtype)], dim=1)
 
         # Down, middle, up.
         h = self.conv_in(h)
@@ -374,9 +384,9 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             if level > 0:
                 h = self.upsamplers[level - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), config.patch_size)
-
         if config.precondition:
-            h = (skip + c_out * h).to(sample.dtype)
+            h = skip + c_out * h
+        h = h.to(sample.dtype)
         return UNetSROutput(sample=h) if return_dict else (h,)
 
     def _run_stage(self, stage: SRStage, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:

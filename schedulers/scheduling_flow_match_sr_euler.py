@@ -1,6 +1,7 @@
 """Euler scheduler for flow matching between a source (noise, noisy upsampled LR, or a prior's estimate) and the image.
 
-One self-contained file on purpose: it imports torch, numpy and diffusers alone, so that it can travel with a checkpoint.
+One self-contained file on purpose: it imports torch, numpy and diffusers alone, so that it can travel with a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -132,15 +133,13 @@ class FlowMatchSREulerScheduler(SchedulerMixin, ConfigMixin):
             return noise
         return (lr_up if prior is None else prior) + noise
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """x_t = a * original_samples + b * noise, with `noise` a draw of `sample_source`; timesteps `()` or `(batch,)`."""
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = a * original_samples + b * noise; `noise`: from `sample_source`; timesteps: `()` or `(batch,)`."""
         a, b, _, _ = self._coefficients(timesteps, original_samples)
         return a * original_samples + b * noise
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """d x_t / d sigma between the image `sample` and the source `noise`: the regression target of flow matching."""
+        """d x_t / d sigma from the image `sample` to the source `noise`: the target of flow matching."""
         _, _, a_rate, b_rate = self._coefficients(timesteps, sample)
         return a_rate * sample + b_rate * noise
 

@@ -1,0 +1,266 @@
+"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 for success, 1 where something could not be done, 2 for a wrong call."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"flowsr: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flowsr: interrupted; every file written so far is whole.", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="flowsr", description="Image super-resolution by flow matching.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run, description: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(run.__name__, help=description, description=description)
+        made.set_defaults(run=run)
+        made.add_argument("--checkpoint", default="x4", help="bundled name, folder or Hub id (default: x4)")
+        return made
+
+    def flow_options(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
+        made.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
+        made.add_argument("--tile", type=int, default=256, help="LR pixels per tile; 0 for none (default: 256)")
+        made.add_argument("--seed", type=int, default=0, help="of the source noise (default: 0)")
+        made.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+        made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+    made = command(upscale, "Upscale pictures and folders of pictures.")
+    made.add_argument("input", nargs="+", help="picture files and folders")
+    made.add_argument("-o", "--output", required=True, help="folder, or a file name for a single picture")
+    made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
+    made.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
+    flow_options(made)
+
+    made = command(evaluate, "Measure on a folder of pictures: PSNR-Y, SSIM-Y, LPIPS, LR-PSNR.")
+    made.add_argument("hr", help="folder of high-resolution pictures")
+    made.add_argument("--lr", help="folder of low-resolution ones (default: MATLAB's bicubic of the first)")
+    made.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="network evaluations (default: 1 4)")
+    made.add_argument("--lpips_weights", help="safetensors of LPIPS v0.1 with SqueezeNet")
+    made.add_argument("--json", help="also write every number to this file")
+    flow_options(made)
+
+    command(info, "Describe a checkpoint and this machine.")
+
+    made = command(demo, "Upscale the example photo and compare with bicubic and the original.")
+    made.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
+    made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
+    return top
+
+
+def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
+    """The pipeline of a bundled name, a folder or a Hub id."""
+    import torch
+    from diffusers.utils import logging
+
+    import flowsr
+
+    logging.disable_progress_bar()
+    where = Path(checkpoint)
+    if where.exists() and not (where / "model_index.json").is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint folder: it has no model_index.json.")
+    if not where.exists() and "/" not in checkpoint:
+        where = flowsr.bundled(checkpoint)
+    elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
+        raise ValueError(f"There is no checkpoint folder {checkpoint}.")
+    try:
+        pipe = flowsr.FlowMatchSRPipeline.from_pretrained(str(where), torch_dtype=getattr(torch, dtype))
+        return pipe.to(device)
+    except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error
+
+
+def upscale(options: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from flowsr.files import find_pictures, read_picture, save_picture
+
+    inputs = find_pictures(options.input)
+    targets = plan_targets(inputs, Path(options.output), options.checkpoint)
+    pipe = load(options.checkpoint, options.device, options.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    failures = []
+    for source, target in (bar := tqdm(list(zip(inputs, targets)), unit="picture", disable=None)):
+        bar.set_description(source.name)
+        try:
+            image = read_picture(source)
+            large = pipe(
+                image,
+                num_inference_steps=options.steps,
+                fidelity=options.fidelity,
+                consistency=options.consistency,
+                tile=options.tile or None,
+                generator=torch.Generator().manual_seed(options.seed),
+            ).images[0]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(large, target)
+            if options.compare:
+                bicubic = image.convert("RGB").resize(large.size, 3)
+                save_picture(side_by_side([bicubic, large.convert("RGB")]), compare_path(target))
+        except ValueError as error:
+            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+    for failure in failures:
+        print(f"flowsr: {failure}", file=sys.stderr)
+    print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {options.output}.")
+    return 1 if failures else 0
+
+
+def plan_targets(inputs: list[Path], output: Path, checkpoint: str) -> list[Path]:
+    """Where each result goes; refuses two results with one name and a result on top of an input."""
+    from flowsr.files import PICTURE_SUFFIXES
+
+    if output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir():
+        if len(inputs) > 1:
+            raise ValueError(f"`-o {output}` is one file, but there are {len(inputs)} pictures; name a folder.")
+        targets = [output]
+    elif output.is_file():
+        raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
+    else:
+        targets = [output / path.name for path in inputs]
+    for number, target in enumerate(targets):
+        if target in targets[:number]:
+            raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
+        if any(target.exists() and target.samefile(path) for path in inputs):
+            raise ValueError(f"{target} is an input and would be overwritten; choose another `-o`.")
+    return targets
+
+
+def compare_path(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_compare.png")
+
+
+def side_by_side(images: list):
+    """Pictures of one size in a row."""
+    import numpy as np
+    import PIL.Image
+
+    return PIL.Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from flowsr.evaluate import evaluate as measure
+    from flowsr.evaluate import load_pairs, markdown_table
+
+    pipe = load(options.checkpoint, options.device, options.dtype)
+    pairs = load_pairs(options.hr, options.lr, pipe.scale_factor)
+    result = measure(
+        pipe,
+        pairs,
+        steps=options.steps,
+        fidelity=options.fidelity,
+        consistency=options.consistency,
+        seed=options.seed,
+        tile=options.tile or None,
+        lpips_weights=options.lpips_weights,
+    )
+    print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
+    print(markdown_table(result))
+    if options.json:
+        partial = Path(f"{options.json}.partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, options.json)
+    return 0
+
+
+def info(options: argparse.Namespace) -> int:
+    import diffusers
+    import torch
+
+    import flowsr
+
+    pipe = load(options.checkpoint)
+    unet, flow = pipe.unet.config, pipe.scheduler.config
+    field = pipe.unet.receptive_field
+    print(f"flowsr {flowsr.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print(f"checkpoint       {options.checkpoint}")
+    print(f"scale            x{pipe.scale_factor}")
+    print(f"network          {type(pipe.unet).__name__}, {pipe.unet.num_parameters():,} parameters")
+    print(f"widths           {tuple(unet.block_out_channels)} on patches of {unet.patch_size} HR pixels")
+    print(f"flow             from {flow.source} with noise of std {flow.source_noise_std}, {flow.path} path, "
+          f"predicts the {flow.prediction_type}")  # fmt: skip
+    print(
+        "tiles            " + ("blended (attention or group norm)" if field is None else f"exact, halo {field} pixels")
+    )
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"device           {device}")
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    import numpy as np
+    import PIL.Image
+    import torch
+
+    from flowsr.degradations import downscale
+    from flowsr.files import read_picture, save_picture
+    from flowsr.metrics import psnr_y
+
+    pipe = load(options.checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    scale = pipe.scale_factor
+    photo = example_photo()
+    hr = np.asarray(read_picture(photo).convert("RGB"))
+    height, width = (side - side % scale for side in hr.shape[:2])
+    hr = hr[:height, :width]
+    lr = PIL.Image.fromarray(downscale(hr, scale))
+    start = time.perf_counter()
+    sr = pipe(lr, num_inference_steps=options.steps, generator=torch.Generator().manual_seed(0)).images[0]
+    seconds = time.perf_counter() - start
+    faithful = pipe(lr, fidelity=1.0, generator=torch.Generator().manual_seed(0)).images[0]
+    bicubic = lr.resize(sr.size, PIL.Image.BICUBIC)
+
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {
+        "lr.png": lr,
+        "flowsr.png": sr,
+        "flowsr_faithful.png": faithful,
+        "comparison.png": side_by_side([bicubic, sr, PIL.Image.fromarray(hr)]),
+    }
+    for name, image in written.items():
+        save_picture(image, folder / name)
+    print(
+        f"{photo.name}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s ({options.steps} steps)."
+    )
+    for name, image in (
+        ("bicubic", bicubic),
+        (f"flowsr, {options.steps} steps", sr),
+        ("flowsr, fidelity 1", faithful),
+    ):
+        print(f"  PSNR-Y {psnr_y(np.asarray(image), hr, scale):.2f} dB  {name}")
+    print("bicubic | flowsr | original: " + str((folder / "comparison.png").resolve()))
+    print("the upscaled picture:        " + str((folder / "flowsr.png").resolve()))
+    return 0
+
+
+def example_photo() -> Path:
+    """The photo of the demo: inside the installed package, or beside it in a source checkout."""
+    import flowsr
+
+    for root in flowsr.__path__:
+        photos = sorted((Path(root) / "examples").glob("*.png"))
+        if photos:
+            return photos[0]
+    raise ValueError("The example photo is missing from this installation.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

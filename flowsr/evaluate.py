@@ -1,0 +1,151 @@
+"""Measures a pipeline on a folder of pictures, beside bicubic interpolation, as the literature does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from flowsr.degradations import downscale
+from flowsr.files import PICTURE_SUFFIXES, read_picture
+from flowsr.metrics import load_lpips, lr_psnr, psnr_y, ssim_y
+
+
+@dataclass
+class Pair:
+    """A test picture: `hr`, cut to a multiple of the scale, and `lr`; uint8 of shape `(h, w, 3)`."""
+
+    name: str
+    hr: np.ndarray
+    lr: np.ndarray
+
+
+def load_pairs(hr_dir: str, lr_dir: str | None, scale: int) -> list[Pair]:
+    """Test pictures of a folder, with the LR of another folder or made in MATLAB's convention.
+
+    An LR picture carries the name of its HR picture, or that with `x{scale}` behind the stem.
+
+    Raises:
+        ValueError: for a missing or empty folder, a missing LR picture, or sizes that do not fit the scale.
+    """
+    folders = [Path(folder) for folder in (hr_dir, lr_dir) if folder is not None]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"There is no folder {folder}.")
+    paths = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"No pictures in {folders[0]} (looked for {', '.join(sorted(PICTURE_SUFFIXES))}).")
+    pairs = []
+    for path in paths:
+        hr = np.asarray(read_picture(path).convert("RGB"))
+        height, width = (side - side % scale for side in hr.shape[:2])
+        hr = hr[:height, :width]
+        if lr_dir is None:
+            pairs.append(Pair(path.name, hr, downscale(hr, scale)))
+            continue
+        names = (path.stem, f"{path.stem}x{scale}")
+        found = [p for p in folders[1].iterdir() if p.stem in names and p.suffix.lower() in PICTURE_SUFFIXES]
+        if len(found) != 1:
+            raise ValueError(
+                f"{folders[1]} must hold one LR picture for {path.name}, found {[p.name for p in found]}."
+            )
+        lr = np.asarray(read_picture(found[0]).convert("RGB"))
+        if (lr.shape[0] * scale, lr.shape[1] * scale) != hr.shape[:2]:
+            raise ValueError(
+                f"{found[0].name} is {lr.shape[1]}x{lr.shape[0]}; at x{scale} it must be {width // scale}x"
+                f"{height // scale} for {path.name} of {width}x{height}. Is the scale right?"
+            )
+        pairs.append(Pair(path.name, hr, lr))
+    return pairs
+
+
+def evaluate(
+    pipe,
+    pairs: list[Pair],
+    steps: list[int],
+    fidelity: float = 0.0,
+    consistency: str | None = None,
+    seed: int = 0,
+    tile: int | None = None,
+    lpips_weights: str | None = None,
+) -> dict:
+    """Mean PSNR-Y, SSIM-Y, LR-PSNR and LPIPS (where to be had) of bicubic and of the pipeline at each number of steps.
+
+    Returns:
+        `dict`: `rows`, one per method, with `images` holding the numbers of each picture; and the settings.
+    """
+    scale = pipe.scale_factor
+    lpips, lpips_words = load_lpips(lpips_weights)
+    pipe.set_progress_bar_config(disable=True)
+
+    def bicubic(lr: PIL.Image.Image) -> PIL.Image.Image:
+        return lr.resize((lr.width * scale, lr.height * scale), PIL.Image.BICUBIC)
+
+    def flow(count: int):
+        def upscale(lr: PIL.Image.Image) -> PIL.Image.Image:
+            generator = torch.Generator().manual_seed(seed)
+            return pipe(
+                lr,
+                num_inference_steps=count,
+                fidelity=fidelity,
+                consistency=consistency,
+                generator=generator,
+                tile=tile,
+            ).images[0]
+
+        return upscale
+
+    methods = {"bicubic": bicubic}
+    for count in steps:
+        methods[f"flowsr, {count} step{'s' if count > 1 else ''}"] = flow(count)
+    rows = []
+    for name, method in methods.items():
+        images, seconds = [], 0.0
+        for pair in pairs:
+            start = time.perf_counter()
+            sr = np.asarray(method(PIL.Image.fromarray(pair.lr)))
+            seconds += time.perf_counter() - start
+            measured = {
+                "psnr_y": psnr_y(sr, pair.hr, scale),
+                "ssim_y": ssim_y(sr, pair.hr, scale),
+                "lr_psnr": lr_psnr(sr, pair.lr, scale),
+            }
+            if lpips is not None:
+                measured["lpips"] = lpips(sr, pair.hr)
+            images.append({"name": pair.name, **measured})
+        means = {key: float(np.mean([image[key] for image in images])) for key in images[0] if key != "name"}
+        megapixels = sum(pair.hr.shape[0] * pair.hr.shape[1] for pair in pairs) / 1e6
+        rows.append({"method": name, **means, "seconds_per_megapixel": seconds / megapixels, "images": images})
+    return {
+        "scale": scale,
+        "pictures": len(pairs),
+        "fidelity": fidelity,
+        "consistency": consistency,
+        "seed": seed,
+        "lpips": lpips_words,
+        "rows": rows,
+    }
+
+
+def markdown_table(result: dict) -> str:
+    """The rows of `evaluate` as a Markdown table."""
+    columns = {
+        "psnr_y": ("PSNR-Y", "{:.2f}"),
+        "ssim_y": ("SSIM-Y", "{:.3f}"),
+        "lpips": ("LPIPS", "{:.3f}"),
+        "lr_psnr": ("LR-PSNR", "{:.1f}"),
+        "seconds_per_megapixel": ("s / MP", "{:.2f}"),
+    }
+    columns = {key: value for key, value in columns.items() if key in result["rows"][0]}
+    lines = [
+        "| method | " + " | ".join(title for title, _ in columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for row in result["rows"]:
+        cells = [form.format(row[key]) for key, (_, form) in columns.items()]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
