@@ -13,6 +13,7 @@ The finished pipeline lands in `--output_dir`, with the settings, the log and pi
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import flowsr
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
 from flowsr.data import CropDataset, load_images, smaller_than, to_tensor
 from flowsr.metrics import psnr_y
-from flowsr.objectives import LOSSES, generators_for, sigmas_for
+from flowsr.objectives import LOSSES, condition_dropped, generators_for, sigmas_for
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
 
@@ -163,8 +164,14 @@ def main(arguments: list[str]) -> None:
         pipe = FlowMatchSRPipeline.from_pretrained(settings.pretrained_model_name_or_path)
         unet, scheduler = pipe.unet.train(), pipe.scheduler
     else:
-        unet, scheduler = UNetSRModel(**settings.unet), FlowMatchSREulerScheduler(**settings.scheduler)
-    scale = unet.config.scale_factor
+        unet = build(UNetSRModel, settings.unet, "unet")
+        scheduler = build(FlowMatchSREulerScheduler, settings.scheduler, "scheduler")
+    config = unet.config
+    scale = config.scale_factor
+    if config.lr_channels != 3 or scheduler.config.source == "prior":
+        raise ValueError(
+            "train_sr.py trains x4-like networks from LR pictures: `lr_channels: 3`, `source: lr` or noise."
+        )
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.to(accelerator.device, memory_format=torch.channels_last)
@@ -198,6 +205,7 @@ def main(arguments: list[str]) -> None:
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
+        eps=1e-10,  # gradients of a mean over small residuals are small
     )
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
@@ -279,6 +287,7 @@ def main(arguments: list[str]) -> None:
     # Train.
     unet.train()
     loss_function = LOSSES[settings.loss]
+    guided = config.condition_dropout > 0
     bar = tqdm(
         total=settings.max_train_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step",
         mininterval=5,
@@ -291,7 +300,8 @@ def main(arguments: list[str]) -> None:
             timestep = sigmas_for(index, settings.seed, settings.sigma_atom) * scheduler.config.num_train_timesteps
             source = scheduler.sample_source(lr_up, generator=generators_for(index, settings.seed))
             x_t = scheduler.add_noise(hr, source, timestep)
-            prediction = unet(x_t, timestep, lr).sample
+            drop = condition_dropped(index, settings.seed, config.condition_dropout) if guided else None
+            prediction = unet(x_t, timestep, lr, drop_condition=drop).sample
             velocity = scheduler.predict_velocity(prediction, x_t, timestep)
             loss = loss_function(velocity, scheduler.get_velocity(hr, source, timestep))
             accelerator.backward(loss)
@@ -343,6 +353,15 @@ def main(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
+def build(cls: type, config: dict, name: str):
+    """A component from its config; unknown keys are named, with those that exist."""
+    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise ValueError(f"`{name}` has unknown settings {unknown}; {cls.__name__} knows {known}.")
+    return cls(**config)
+
+
 def log(accelerator: Accelerator, output_dir: Path, record: dict) -> None:
     """Appends a line to log.jsonl."""
     if accelerator.is_main_process:
@@ -376,7 +395,8 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int) -> None:

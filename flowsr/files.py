@@ -12,6 +12,9 @@ import PIL.ImageOps
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
+# What a TIFF says of the picture rather than of its layout in the file: description, maker, model, software, date,
+# artist, copyright, EXIF and GPS.
+TIFF_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, EXIF_IFD, 0x8825)
 
 
 class UnreadableError(ValueError):
@@ -54,6 +57,12 @@ def read_picture(path: str | Path) -> PIL.Image.Image:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... for broken files
         raise UnreadableError(f"{path}: broken or cut off ({error}).") from None
     PIL.ImageOps.exif_transpose(image, in_place=True)
+    if image.format == "TIFF":
+        found, kept = image.getexif(), PIL.Image.Exif()
+        for tag in (EXIF_IFD, 0x8825):
+            kept.get_ifd(tag).update(found.get_ifd(tag))
+        kept.update({tag: found[tag] for tag in TIFF_TAGS[:-2] if tag in found})
+        image.info["exif"] = kept.tobytes()
     return image
 
 

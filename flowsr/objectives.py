@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+SILVER_RATIO = 2**0.5 - 1
 
 LOSSES = {
     "l1": F.l1_loss,  # posterior median: sharper, and the dial then works (see README, "How it works")
@@ -29,10 +30,20 @@ def sigmas_for(index: torch.Tensor, seed: int, atom: float, low: float = 0.02) -
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32, in (low, 1].
     """
-    start = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    u = (start + index.cpu().double() * GOLDEN_RATIO) % 1.0
+    u = kronecker(index, seed, GOLDEN_RATIO)
     spread = 1 - (1 - low) * (u - atom) / max(1 - atom, 1e-12)
     return torch.where(u < atom, torch.ones_like(u), spread).float().to(index.device)
+
+
+def condition_dropped(index: torch.Tensor, seed: int, share: float) -> torch.Tensor:
+    """Which crops are trained without their LR features, for classifier-free guidance: `(batch,)`, bool."""
+    return (kronecker(index, seed, SILVER_RATIO) < share).to(index.device)
+
+
+def kronecker(index: torch.Tensor, seed: int, ratio: float) -> torch.Tensor:
+    """frac(u + index * ratio): evenly spread numbers in [0, 1), float64 on the CPU, from a start u given by `seed`."""
+    start = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (start + index.cpu().double() * ratio) % 1.0
 
 
 def generators_for(index: torch.Tensor, seed: int) -> list[torch.Generator]:

@@ -569,7 +569,7 @@ class FlowMatchSRPipeline(DiffusionPipeline):
         return answer[..., : height * scale, : width * scale]
 
     # Sharing: a saved folder holds the code of its classes, so that it loads where flowsr is not installed, by
-    # `DiffusionPipeline.from_pretrained(folder_or_repo, trust_remote_code=True)`; with flowsr, its own classes are used.
+    # `DiffusionPipeline.from_pretrained(folder_or_repo, trust_remote_code=True)`; flowsr itself uses its own classes.
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes model_index.json in the form of remote code, and the sources. `save_pretrained` calls this last."""

@@ -1,0 +1,142 @@
+"""Metrics against closed forms, second implementations and published numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import make_pipeline, random_picture, smooth_picture
+
+from flowsr.degradations import downscale
+from flowsr.evaluate import evaluate, load_pairs, markdown_table
+from flowsr.metrics import lr_psnr, luma, psnr_y, ssim_y
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_published = pytest.mark.skipif(
+    not (SHARED / "data/Set5").is_dir(), reason="the published test sets Set5 and Set14 are not beside this checkout"
+)
+
+
+def test_luma_spans_the_studio_range():
+    primaries = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
+    np.testing.assert_allclose(luma(primaries)[0], [16, 235, 81.481, 144.553, 40.966], atol=1e-9)
+
+
+def test_psnr_of_a_constant_difference():
+    a = np.full((20, 24, 3), 100, np.uint8)
+    b = a + np.uint8(5)
+    assert psnr_y(a, b, 4) == pytest.approx(20 * np.log10(255 / (5 * 219 / 255)), abs=1e-9)
+    assert psnr_y(a, a, 4) == float("inf")
+
+
+def test_the_border_does_not_count():
+    a = np.asarray(random_picture(24, 20)).copy()
+    b = a.copy()
+    b[:4], b[-4:], b[:, :4], b[:, -4:] = 0, 0, 0, 0
+    assert psnr_y(a, b, 4) == float("inf")
+    assert ssim_y(a, b, 4) == pytest.approx(1)
+
+
+def test_ssim_equals_its_definition():
+    # Wang et al. 2004, eq. 13, written out with dense windows.
+    a, b = (np.asarray(random_picture(30, 28, seed=i)) for i in range(2))
+    b = ((a.astype(int) + b) // 2).astype(np.uint8)
+    y_a, y_b = (luma(x)[4:-4, 4:-4] for x in (a, b))
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for i in range(y_a.shape[0] - 10):
+        for j in range(y_a.shape[1] - 10):
+            p, q = y_a[i : i + 11, j : j + 11], y_b[i : i + 11, j : j + 11]
+            mean_p, mean_q = (window * p).sum(), (window * q).sum()
+            var_p, var_q = (window * (p - mean_p) ** 2).sum(), (window * (q - mean_q) ** 2).sum()
+            covariance = (window * (p - mean_p) * (q - mean_q)).sum()
+            values.append(
+                (2 * mean_p * mean_q + c1) * (2 * covariance + c2)
+                / ((mean_p**2 + mean_q**2 + c1) * (var_p + var_q + c2))
+            )  # fmt: skip
+    assert ssim_y(a, b, 4) == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_lr_psnr_is_bounded_by_rounding_for_a_consistent_picture():
+    hr = np.asarray(smooth_picture(48, 40))
+    assert lr_psnr(hr, downscale(hr, 4), 4) > 55
+    assert lr_psnr(255 - hr, downscale(hr, 4), 4) < 20
+
+
+def test_shapes_must_agree():
+    a = np.zeros((20, 20, 3), np.uint8)
+    with pytest.raises(ValueError, match="one shape"):
+        psnr_y(a, a[:10], 4)
+    with pytest.raises(ValueError, match="Nothing is left"):
+        psnr_y(a[:8], a[:8], 4)
+
+
+@needs_published
+@pytest.mark.parametrize("name", ["Set5", "Set14"])
+def test_downscaling_reproduces_the_published_pictures(name):
+    for pair in load_pairs(SHARED / f"data/{name}/HR", SHARED / f"data/{name}/LRx4", 4):
+        assert np.array_equal(downscale(pair.hr, 4), pair.lr), pair.name
+
+
+@needs_published
+@pytest.mark.parametrize(("name", "psnr", "ssim"), [("Set5", 28.43, 0.811), ("Set14", 26.09, 0.705)])
+def test_bicubic_has_the_published_numbers(name, psnr, ssim):
+    pairs = load_pairs(SHARED / f"data/{name}/HR", SHARED / f"data/{name}/LRx4", 4)
+    row = evaluate(make_pipeline(), pairs, steps=[])["rows"][0]
+    assert row["psnr_y"] == pytest.approx(psnr, abs=0.01)
+    assert row["ssim_y"] == pytest.approx(ssim, abs=0.001)
+
+
+@pytest.mark.skipif(not (SHARED / "lpips").is_dir(), reason="weights of LPIPS are not beside this checkout")
+def test_lpips_equals_the_reference_implementation():
+    import importlib.util
+
+    from flowsr.metrics import load_lpips
+
+    weights = SHARED / "lpips/lpips_squeeze_v0.1.safetensors"
+    specification = importlib.util.spec_from_file_location("reference", SHARED / "lpips/lpips_squeeze.py")
+    reference = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(reference)
+    a, b = smooth_picture(70, 64), random_picture(70, 64)
+    tensors = [torch.from_numpy(np.array(x)).permute(2, 0, 1)[None] / 127.5 - 1 for x in (a, b)]
+    expected = float(reference.LPIPSSqueeze(weights)(*tensors))
+    distance, words = load_lpips(str(weights))
+    assert distance(np.asarray(a), np.asarray(b)) == pytest.approx(expected, rel=1e-5)
+    assert "SqueezeNet" in words
+
+
+def test_evaluation_of_a_folder(tmp_path):
+    (tmp_path / "hr").mkdir()
+    (tmp_path / "lr").mkdir()
+    for i in range(2):
+        smooth_picture(50 + i, 43).save(tmp_path / f"hr/{i}.png")
+        hr = np.asarray(smooth_picture(50 + i, 43))[:40, :48]
+        PIL.Image.fromarray(downscale(hr, 4)).save(tmp_path / f"lr/{i}x4.png")
+    made, given = load_pairs(tmp_path / "hr", None, 4), load_pairs(tmp_path / "hr", tmp_path / "lr", 4)
+    for a, b in zip(made, given):
+        assert a.hr.shape == (40, 48, 3)
+        assert np.array_equal(a.lr, b.lr)
+    result = evaluate(make_pipeline(), made, steps=[1, 2], consistency="exact")
+    assert [row["method"] for row in result["rows"]] == ["bicubic", "flowsr, 1 step", "flowsr, 2 steps"]
+    table = markdown_table(result).splitlines()
+    assert len(table) == 5
+    assert f"{result['rows'][1]['psnr_y']:.2f}" in table[3]
+    assert result["rows"][1]["psnr_y"] == pytest.approx(np.mean([i["psnr_y"] for i in result["rows"][1]["images"]]))
+
+
+def test_evaluation_names_what_does_not_fit(tmp_path):
+    (tmp_path / "hr").mkdir()
+    (tmp_path / "lr").mkdir()
+    with pytest.raises(ValueError, match="No pictures"):
+        load_pairs(tmp_path / "hr", None, 4)
+    with pytest.raises(ValueError, match="no folder"):
+        load_pairs(tmp_path / "absent", None, 4)
+    smooth_picture(48, 40).save(tmp_path / "hr/a.png")
+    with pytest.raises(ValueError, match="must hold one LR picture for a.png"):
+        load_pairs(tmp_path / "hr", tmp_path / "lr", 4)
+    smooth_picture(24, 20).save(tmp_path / "lr/a.png")
+    with pytest.raises(ValueError, match="Is the scale right"):
+        load_pairs(tmp_path / "hr", tmp_path / "lr", 4)
