@@ -94,8 +94,13 @@ class Settings:
     report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
 
     def __post_init__(self):
-        self.unet = json.loads(self.unet) if isinstance(self.unet, str) else self.unet
-        self.scheduler = json.loads(self.scheduler) if isinstance(self.scheduler, str) else self.scheduler
+        for name in ("unet", "scheduler"):
+            value = getattr(self, name)
+            try:
+                value = json.loads(value) if isinstance(value, str) else value
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{name}` is not JSON: {value!r} ({error}).") from error
+            setattr(self, name, value)
         positive = (
             "resolution max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
             "checkpoints_total_limit validation_steps logging_steps learning_rate max_grad_norm"
@@ -196,8 +201,9 @@ def main(arguments: list[str]) -> None:
             "none is left to train on."
         )
     images = images.shuffle(seed=settings.seed)
-    held_out = images.select(range(len(images) - settings.num_validation_images, len(images)))
-    images = images.select(range(len(images) - settings.num_validation_images))
+    kept = len(images) - settings.num_validation_images
+    held_out = images.select(range(kept, len(images))) if settings.num_validation_images else []
+    images = images.select(range(kept))
 
     # Optimiser and its schedule, in optimiser steps whatever the number of processes.
     optimizer = torch.optim.AdamW(

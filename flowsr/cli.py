@@ -80,8 +80,7 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
     elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
         raise ValueError(f"There is no checkpoint folder {checkpoint}.")
     try:
-        pipe = flowsr.FlowMatchSRPipeline.from_pretrained(str(where), torch_dtype=getattr(torch, dtype))
-        return pipe.to(device)
+        return flowsr.FlowMatchSRPipeline.from_pretrained(str(where)).to(device, getattr(torch, dtype))
     except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error

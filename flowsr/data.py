@@ -35,7 +35,7 @@ def load_images(train_data_dir: list[str] | None, dataset_name: str | None):
             where = {"data_dir": str(place)} if place.is_dir() else {"data_files": {"train": str(place)}}
             try:
                 sets.append(datasets.load_dataset("imagefolder", split="train", drop_labels=True, **where))
-            except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DataFilesNotFoundError) as error:
+            except (datasets.exceptions.DatasetGenerationError, FileNotFoundError) as error:
                 raise FileNotFoundError(f"`train_data_dir`: no readable picture in {place} ({error}).") from error
     for found in sets:
         if "image" not in found.column_names:

@@ -11,10 +11,10 @@ import PIL.Image
 import PIL.ImageOps
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-ORIENTATION, EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0xA002, 0xA003
+ORIENTATION, EXIF_IFD, GPS_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0x8825, 0xA002, 0xA003
 # What a TIFF says of the picture rather than of its layout in the file: description, maker, model, software, date,
-# artist, copyright, EXIF and GPS.
-TIFF_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, EXIF_IFD, 0x8825)
+# artist, copyright.
+TIFF_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 
 
 class UnreadableError(ValueError):
@@ -47,6 +47,7 @@ def read_picture(path: str | Path) -> PIL.Image.Image:
                 raise UnreadableError(
                     f"{path}: 16 bits per colour channel, of which Pillow would drop 8; convert it to 8 bits first."
                 )
+            exif = {tag: dict(image.getexif().get_ifd(tag)) for tag in (EXIF_IFD, GPS_IFD)}  # while the file is open
             image.load()
     except UnreadableError:
         raise
@@ -59,9 +60,10 @@ def read_picture(path: str | Path) -> PIL.Image.Image:
     PIL.ImageOps.exif_transpose(image, in_place=True)
     if image.format == "TIFF":
         found, kept = image.getexif(), PIL.Image.Exif()
-        for tag in (EXIF_IFD, 0x8825):
-            kept.get_ifd(tag).update(found.get_ifd(tag))
-        kept.update({tag: found[tag] for tag in TIFF_TAGS[:-2] if tag in found})
+        kept.update({tag: found[tag] for tag in TIFF_TAGS if tag in found})
+        for tag, values in exif.items():
+            if values:
+                kept.get_ifd(tag).update(values)
         image.info["exif"] = kept.tobytes()
     return image
 

@@ -393,8 +393,8 @@ class FlowMatchSRPipeline(DiffusionPipeline):
             raise ValueError("This checkpoint starts from a prior's estimate; pass that as `latents`.")
         if self._execution_device.type == "cpu" and self.unet.dtype == torch.float16:
             raise ValueError(
-                "float16 is thousands of times slower than float32 on a CPU; load with torch_dtype=torch.bfloat16 or "
-                "torch.float32."
+                "float16 is thousands of times slower than float32 on a CPU; use pipe.to(torch.bfloat16) or "
+                "pipe.to(torch.float32)."
             )
 
     @torch.no_grad()

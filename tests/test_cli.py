@@ -55,7 +55,7 @@ def test_orientation_is_applied_and_profile_and_exif_kept(checkpoint, tmp_path, 
     exif[0x0112], exif[0x010F] = 6, "a camera"  # to be turned by 90 degrees; maker
     exif.get_ifd(0x8769)[0xA002], exif.get_ifd(0x8769)[0xA003] = 12, 8  # pixel dimensions
     profile = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
-    picture.save(tmp_path / f"a.{suffix}", exif=exif, icc_profile=profile)
+    picture.save(tmp_path / f"a.{suffix}", exif=exif.tobytes(), icc_profile=profile)
     assert run(checkpoint, "upscale", tmp_path / f"a.{suffix}", "-o", tmp_path / "out") == 0
     out = PIL.Image.open(tmp_path / f"out/a.{suffix}")
     assert out.size == (32, 48)

@@ -1,0 +1,89 @@
+"""What others rely on: names, module paths, the layout, and the files that ship."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import flowsr
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MODULES = {  # written into model_index.json: a file format
+    "FlowMatchSRPipeline": "flowsr.pipelines.pipeline_flow_match_sr",
+    "UNetSRModel": "flowsr.models.unet_sr",
+    "FlowMatchSREulerScheduler": "flowsr.schedulers.scheduling_flow_match_sr_euler",
+}
+
+
+def test_module_paths_stay():
+    for name, module in MODULES.items():
+        assert getattr(flowsr, name).__module__ == module
+        assert name in flowsr.__all__
+
+
+def test_travelling_files_import_nothing_of_ours():
+    for module in MODULES.values():
+        folder, name = module.split(".")[1:]
+        source = (ROOT / folder / f"{name}.py").read_text()
+        imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+        roots = {line.split()[1].split(".")[0] for line in imports}
+        allowed = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "__future__"} | set(
+            sys.stdlib_module_names
+        )
+        assert roots <= allowed
+
+
+def test_works_from_the_root_without_installing(tmp_path):
+    script = f"""
+import sys
+sys.path = [p for p in sys.path if "__editable__" not in p and p != {str(ROOT)!r}]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path.insert(0, {str(ROOT)!r})
+import flowsr
+assert flowsr.__file__.startswith({str(ROOT)!r})
+assert flowsr.UNetSRModel.__module__ == "flowsr.models.unet_sr"
+print("works")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "works", done.stderr
+
+
+def test_the_wheel_holds_code_weights_and_example(tmp_path):
+    call = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 14 * 2**20
+    script = f"""
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path = [{str(wheel)!r}] + [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+import zipfile
+names = zipfile.ZipFile({str(wheel)!r}).namelist()
+for name in ("flowsr/weights/x4/unet/diffusion_pytorch_model.safetensors", "flowsr/weights/x4/README.md",
+             "flowsr/examples/budgie.png", "flowsr/models/unet_sr.py", "flowsr/py.typed"):
+    assert name in names, name
+assert not [name for name in names if name.startswith(("models/", "tests/"))]
+target = {str(tmp_path / "site")!r}
+zipfile.ZipFile({str(wheel)!r}).extractall(target)
+sys.path[0] = target
+import flowsr
+assert flowsr.__file__.startswith(target)
+pipe = flowsr.FlowMatchSRPipeline.from_pretrained(flowsr.bundled("x4"))
+from flowsr.cli import example_photo
+assert str(example_photo()).startswith(target)
+print("works")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "works", done.stderr
