@@ -36,6 +36,6 @@ setup(
         "torchmetrics>=1.4",
         "tqdm",
     ],
-    extras_require={"train": TRAIN, "demo": ["gradio>=5"], "test": TRAIN + TEST},
+    extras_require={"train": TRAIN, "demo": [], "test": TRAIN + TEST},
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
 )

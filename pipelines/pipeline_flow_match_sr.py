@@ -303,6 +303,7 @@ class FlowMatchSRPipeline(DiffusionPipeline):
     Args:
         unet ([`UNetSRModel`]): called as `unet(x_t, timestep, lr)`.
         scheduler ([`FlowMatchSREulerScheduler`]): draws the source and steps along the flow.
+        data_range (`tuple[float, float]`): black and white as network and flow see them; saved with the pipeline.
 
     Example:
 
@@ -314,9 +315,10 @@ class FlowMatchSRPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, data_range: tuple[float, float] = (-1.0, 1.0)):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(data_range=tuple(data_range))
 
     @property
     def scale_factor(self) -> int:
@@ -436,12 +438,12 @@ class FlowMatchSRPipeline(DiffusionPipeline):
             num_images_per_prompt (`int`): outputs per picture, next to each other.
             generator: of the source noise, also a list of one per output.
             latents (`torch.Tensor` of shape `(outputs, c, scale * h, scale * w)`, *optional*): initial state to start
-                from instead of a draw.
+                from instead of a draw, in the data range of the checkpoint.
             tile (`int`, *optional*): work in tiles of this many LR pixels, to bound the memory of the network. Where
                 it has no normalisation over positions and no attention, the result is that of the whole picture; other
                 networks are blended over an overlap of `tile` / 4, which is close but not the same.
             output_type: "pil"; "np" `(n, h, w, c)` or "pt" `(n, c, h, w)` in [0, 1] (a list where sizes differ);
-                "latent", the final state in [-1, 1] before clamping and consistency.
+                "latent", the final state in the data range of the checkpoint, before clamping and consistency.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})` after each step; may return new latents.
                 `pipe._interrupt = True` within it stops there.
 
@@ -466,7 +468,7 @@ class FlowMatchSRPipeline(DiffusionPipeline):
             for group in groups:
                 # 1. The LR, and the start of the flow.
                 lr = torch.cat([picture.color for picture in group]).to(self._execution_device)
-                lr = lr.repeat_interleave(num_images_per_prompt, dim=0)
+                lr = self.to_data_range(lr.repeat_interleave(num_images_per_prompt, dim=0))
                 mine = slice(done, done + len(lr))
                 done += len(lr)
                 if latents is None:
@@ -494,6 +496,7 @@ class FlowMatchSRPipeline(DiffusionPipeline):
                 if output_type == "latent":
                     images.extend(x_t)
                     continue
+                x_t, lr = self.from_data_range(x_t), self.from_data_range(lr)
                 if consistency is not None:
                     x_t = make_consistent(x_t, lr, self.scale_factor, consistency)
                 answers = iter(x_t.split(num_images_per_prompt))
@@ -513,6 +516,16 @@ class FlowMatchSRPipeline(DiffusionPipeline):
             last = max(fidelity, 1 / num_inference_steps)
             sigmas = [1.0] if last == 1 else np.linspace(1, last, num_inference_steps).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+
+    def to_data_range(self, x: torch.Tensor) -> torch.Tensor:
+        """[-1, 1] -> the data range of the checkpoint."""
+        low, high = self.config.data_range
+        return x if (low, high) == (-1, 1) else (x + 1) / 2 * (high - low) + low
+
+    def from_data_range(self, x: torch.Tensor) -> torch.Tensor:
+        """The data range of the checkpoint -> [-1, 1]."""
+        low, high = self.config.data_range
+        return x if (low, high) == (-1, 1) else (x - low) / (high - low) * 2 - 1
 
     def predict(
         self,

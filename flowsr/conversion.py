@@ -1,0 +1,164 @@
+"""Checkpoints of the original projects as pipelines of this library.
+
+A format is recognised by its keys, sizes are read off the shapes, every key must find its place, and pickles are
+opened without executing anything.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
+
+
+class ConversionError(ValueError):
+    """A file that is not a checkpoint that this library can convert."""
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The content of a .pt, .pth or .safetensors file; of a pickle only tensors and plain values.
+
+    Raises:
+        ConversionError: if the file is missing, broken, or a pickle that would execute code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConversionError(f"There is no file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ConversionError(f"{path} is refused: it is broken or holds more than tensors ({reason}).") from error
+    except Exception as error:  # torch, zip and safetensors each have their own
+        raise ConversionError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
+    return content
+
+
+def state_of(checkpoint: dict, ema: bool) -> dict[str, torch.Tensor]:
+    """The weights within a checkpoint: `ema` or `model` of a training state, or a bare state dict.
+
+    Raises:
+        ConversionError: if they are not there, saying which keys are.
+    """
+    key = "ema" if ema else "model"
+    state = checkpoint.get(key, checkpoint)
+    if key not in checkpoint and {"ema", "model"} & set(checkpoint):
+        raise ConversionError(f"The checkpoint has no {key!r} weights, only {sorted(checkpoint)}; see `--weights`.")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConversionError(f"No weights found under the keys {sorted(map(str, checkpoint))[:8]}.")
+    return state
+
+
+def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPipeline:
+    """A pipeline from an original checkpoint.
+
+    Args:
+        path: the file.
+        ema (`bool`): take the averaged weights of a training state.
+        scale (`int`): HR pixels per LR pixel, which the weights do not tell.
+
+    Raises:
+        ConversionError: if the file cannot be read or its format is not known.
+    """
+    state = state_of(read_checkpoint(path), ema)
+    if {"in_conv.weight", "mid_attn.qkv.weight", "time_mlp.net.0.weight"} <= set(state):
+        return convert_flow_matching(state, scale)
+    raise ConversionError(
+        f"{path}: no known format; its first keys are {sorted(state)[:5]}. Known: the flow-matching x4 project "
+        "(in_conv, down_blocks, mid1, mid_attn, mid2, up_blocks, out_conv)."
+    )
+
+
+# The flow-matching project: pictures in [0, 1], t from 0 (noise) to 1 (picture), velocity = picture - noise, the state
+# concatenated with torch's bicubic of the LR, each Euler step evaluated at its middle.
+
+
+def convert_flow_matching(state: dict[str, torch.Tensor], scale: int) -> FlowMatchSRPipeline:
+    levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("down_blocks.")) // 2
+    blocks = 1 + max(int(key.split(".")[2]) for key in state if re.match(r"down_blocks\.0\.\d+\.", key))
+    widths = tuple(state[f"down_blocks.{2 * level}.0.conv1.weight"].shape[0] for level in range(levels))
+    time_dim = state["time_mlp.net.0.weight"].shape[1]
+    unet = UNetSRModel(
+        scale_factor=scale,
+        patch_size=1,
+        block_out_channels=widths,
+        layers_per_block=blocks,
+        mid_layers=2,
+        norm="group",
+        norm_num_groups=8,
+        mid_attention=True,
+        num_attention_heads=4,
+        time_embedding_dim=time_dim,
+        time_embedding_scale=1 / 1000,
+        time_embedding_max_period=math.exp(4),
+        precondition=False,
+        bicubic_coefficient=-0.75,
+    )
+    renamed = {}
+    for key, value in state.items():
+        name = flow_matching_name(key, levels)
+        if name.endswith("qkv"):
+            for letter, part in zip("qkv", value.flatten(1).chunk(3) if value.ndim > 1 else value.chunk(3)):
+                renamed[f"{name.removesuffix('qkv')}to_{letter}.{key.rsplit('.')[-1]}"] = part
+        else:
+            renamed[name] = value.flatten(1) if "to_out" in name and value.ndim > 1 else value
+    first = "time_embedding.linear_1.weight"
+    renamed[first] = reverse_time(renamed[first])
+    for name in ("conv_out.weight", "conv_out.bias"):  # d x / d sigma = - d x / d t
+        renamed[name] = -renamed[name]
+    try:
+        unet.load_state_dict(renamed, strict=True)
+    except RuntimeError as error:
+        raise ConversionError(f"The weights do not fit the network that their shapes suggest: {error}") from error
+    scheduler = FlowMatchSREulerScheduler(
+        source="noise", source_noise_std=1.0, prediction_type="velocity", evaluate_at="middle"
+    )
+    return FlowMatchSRPipeline(unet.eval(), scheduler, data_range=(0.0, 1.0))
+
+
+def flow_matching_name(key: str, levels: int) -> str:
+    """The name of a weight here; `...qkv` for the joint projection, which is split."""
+    swaps = {
+        r"^time_mlp\.net\.0": "time_embedding.linear_1",
+        r"^time_mlp\.net\.2": "time_embedding.linear_2",
+        r"^in_conv": "conv_in",
+        r"^out_conv": "conv_out",
+        r"^out_norm": "norm_out",
+        r"^mid1": "mid_stage.resnets.0",
+        r"^mid2": "mid_stage.resnets.1",
+        r"^mid_attn\.proj": "mid_attn.attn.to_out.0",
+        r"^mid_attn\.qkv\.\w+": "mid_attn.attn.qkv",
+        r"time_to_film\.1": "film",
+    }
+    for pattern, name in swaps.items():
+        key = re.sub(pattern, name, key)
+    if found := re.match(r"down_blocks\.(\d+)\.(.*)", key):  # blocks, strided convolution, blocks, ...
+        level, rest = divmod(int(found[1]), 2)[0], found[2]
+        return f"downsamplers.{level}.{rest}" if int(found[1]) % 2 else f"down_stages.{level}.resnets.{rest}"
+    if found := re.match(r"up_blocks\.(\d+)\.(.*)", key):  # deepest first: blocks, nearest, convolution, ...
+        level, rest = levels - 1 - int(found[1]) // 3, found[2]
+        return f"upsamplers.{level - 1}.{rest}" if int(found[1]) % 3 else f"up_stages.{level}.resnets.{rest}"
+    return key
+
+
+def reverse_time(weight: torch.Tensor) -> torch.Tensor:
+    """The layer behind sin(f t), cos(f t) with t = 1 - sigma, as one behind sin(f sigma), cos(f sigma).
+
+    By the addition theorems; `weight` has shape `(out, 2 * half)`, and f falls from 1 to exp(-4) in `half` steps.
+    """
+    half = weight.shape[1] // 2
+    f = torch.exp(-4 * torch.arange(half, dtype=torch.float64) / (half - 1))
+    of_sin, of_cos = weight.double().chunk(2, dim=1)
+    return torch.cat([of_cos * f.sin() - of_sin * f.cos(), of_sin * f.sin() + of_cos * f.cos()], dim=1).to(weight)
