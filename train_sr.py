@@ -38,7 +38,7 @@ from transformers import HfArgumentParser
 
 import flowsr
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
-from flowsr.data import CropDataset, load_images, smaller_than, to_tensor
+from flowsr.data import CropDataset, load_images, smaller_than
 from flowsr.metrics import psnr_y
 from flowsr.objectives import LOSSES, condition_dropped, generators_for, sigmas_for
 
@@ -266,16 +266,11 @@ def main(arguments: list[str]) -> None:
         source = CropDataset(held_out, settings.resolution, scale, 0, 0, 0, settings.cache_gib)
         for number in range(len(held_out)):
             hr, lr = source.pair(number)
-            rows.append([np.asarray(Image.fromarray(lr).resize(hr.shape[1::-1], Image.BICUBIC)), hr])
+            lr = Image.fromarray(lr)
+            rows.append([np.asarray(lr.resize(hr.shape[1::-1], Image.BICUBIC)), hr])
             for steps in (1, 4):
                 generator = torch.Generator(accelerator.device).manual_seed(number)
-                sr = pipe(
-                    (to_tensor(lr)[None].to(accelerator.device) + 1) / 2,
-                    num_inference_steps=steps,
-                    generator=generator,
-                    output_type="pt",
-                ).images[0]
-                sr = (sr.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+                sr = np.asarray(pipe(lr, num_inference_steps=steps, generator=generator).images[0])
                 rows[-1].insert(-1, sr)
                 record.setdefault(f"psnr_y_{steps}", []).append(psnr_y(sr, hr, scale))
         record = {k: round(float(np.mean(v)), 3) if isinstance(v, list) else v for k, v in record.items()}
@@ -283,10 +278,9 @@ def main(arguments: list[str]) -> None:
         accelerator.print(record)
         pictures = output_dir / "validation"
         pictures.mkdir(exist_ok=True)
-        middle = [[image[:256, :256] for image in row if min(image.shape[:2]) >= 256] for row in rows]
-        grid = [np.concatenate(row, axis=1) for row in middle if row]
-        if grid:
-            Image.fromarray(np.concatenate(grid)).save(pictures / f"step_{progress.step:06d}.png")
+        side = min(256, *(length for row in rows for length in row[0].shape[:2]))
+        grid = [np.concatenate([image[:side, :side] for image in row], axis=1) for row in rows]
+        Image.fromarray(np.concatenate(grid)).save(pictures / f"step_{progress.step:06d}.png")
         ema.restore(unet.parameters())
         unet.train()
 
@@ -327,7 +321,7 @@ def main(arguments: list[str]) -> None:
         if progress.step % settings.logging_steps == 0 or progress.step == settings.max_train_steps:
             mean = accelerator.gather(torch.stack(losses).mean()).mean().item()
             if not math.isfinite(mean):
-                raise RuntimeError(
+                raise FloatingPointError(
                     f"The loss is {mean} at step {progress.step}. The last checkpoint is untouched; lower "
                     "`learning_rate` or use bf16, and go on with `--resume_from_checkpoint latest`."
                 )
@@ -424,5 +418,5 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_sr.py: {error}")

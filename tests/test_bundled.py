@@ -1,0 +1,72 @@
+"""The checkpoint that ships: it loads, does what the README says, and keeps its distance from bicubic."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import flowsr
+from flowsr.cli import example_photo
+from flowsr.degradations import downscale
+from flowsr.evaluate import evaluate, load_pairs
+from flowsr.files import read_picture
+from flowsr.metrics import lr_psnr, psnr_y
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = flowsr.FlowMatchSRPipeline.from_pretrained(flowsr.bundled("x4"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_it_is_small_and_comes_with_what_made_it():
+    folder = Path(flowsr.bundled("x4"))
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 12 * 2**20
+    assert {"README.md", "settings.yaml", "log.jsonl", "evaluation.json"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.rglob("*.py"))
+
+
+def test_names_that_do_not_ship_are_refused():
+    with pytest.raises(ValueError, match=r"these ship with flowsr: \['x4'\]"):
+        flowsr.bundled("x16")
+
+
+def test_the_example_photo_is_well_above_bicubic(pipe):
+    hr = np.asarray(read_picture(example_photo()).convert("RGB"))[:240, 100:340]
+    lr = PIL.Image.fromarray(downscale(hr, 4))
+    bicubic = psnr_y(np.asarray(lr.resize((240, 240), PIL.Image.BICUBIC)), hr, 4)
+    faithful = np.asarray(pipe(lr, fidelity=1.0, generator=seeded()).images[0])
+    assert psnr_y(faithful, hr, 4) > bicubic + 2
+    exact = np.asarray(pipe(lr, fidelity=1.0, consistency="exact", generator=seeded()).images[0])
+    assert psnr_y(exact, hr, 4) > psnr_y(faithful, hr, 4) - 0.01
+    assert lr_psnr(exact, np.asarray(lr), 4) > 55
+
+
+def test_tiled_equals_whole(pipe):
+    lr = PIL.Image.fromarray(downscale(np.asarray(read_picture(example_photo()).convert("RGB")), 4))
+    whole, tiled = (np.asarray(pipe(lr, 2, generator=seeded(), tile=t).images[0]).astype(int) for t in (None, 48))
+    assert np.abs(whole - tiled).max() <= 1
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data/Set5").is_dir(), reason="the published test set Set5 is not beside this checkout"
+)
+def test_the_published_numbers_are_those_of_these_weights(pipe):
+    written = json.loads((Path(flowsr.bundled("x4")) / "evaluation.json").read_text())["Set5"]
+    pairs = load_pairs(SHARED / "data/Set5/HR", SHARED / "data/Set5/LRx4", 4)
+    measured = evaluate(pipe, pairs, steps=[1])["rows"]
+    for row in measured:
+        (claimed,) = [claim for claim in written["rows"] if claim["method"] == row["method"]]
+        assert row["psnr_y"] == pytest.approx(claimed["psnr_y"], abs=0.01)
+        assert row["ssim_y"] == pytest.approx(claimed["ssim_y"], abs=0.001)
