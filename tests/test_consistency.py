@@ -8,7 +8,7 @@ from conftest import random_picture
 
 from flowsr.degradations import bicubic_matrix
 from flowsr.degradations import downscale as downscale_uint8
-from flowsr.pipelines.pipeline_flow_match_sr import downscale, make_consistent, upscale_minimum_norm
+from flowsr.pipelines.consistency import downscale, make_consistent, upscale_minimum_norm
 
 SIZES = [(1, 1), (1, 5), (7, 3), (24, 33)]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import make_pipeline, make_unet, random_picture, smooth_picture
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
-from flowsr.pipelines.pipeline_flow_match_sr import downscale
+from flowsr.pipelines.consistency import downscale
 
 
 def seeded(seed: int = 0) -> torch.Generator:
