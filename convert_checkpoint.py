@@ -4,7 +4,7 @@
     python convert_checkpoint.py step_1000.pt CONVERTED --weights model --push_to_hub me/my-upscaler
 
 Then `FlowMatchSRPipeline.from_pretrained("CONVERTED")` gives the original's numbers. Recognised today: `step_N.pt` of
-the flow-matching x4 project, and its bare state dict, also as safetensors.
+the flow-matching x4 project and `*_best.pth` of the DDPM project, and bare state dicts of both, also as safetensors.
 """
 
 import argparse

@@ -9,6 +9,8 @@ if (_root / "setup.py").is_file() and (_root / "pipelines").is_dir():
 
 # Eager imports: diffusers looks component classes up among the loaded modules.
 from flowsr.models.unet_sr import UNetSRModel  # noqa: E402
+from flowsr.models.unet_sr_context import ContextUNetSRModel  # noqa: E402
+from flowsr.pipelines.pipeline_ddpm_sr import DDPMSRPipeline  # noqa: E402
 from flowsr.pipelines.pipeline_flow_match_sr import FlowMatchSRPipeline  # noqa: E402
 from flowsr.schedulers.scheduling_flow_match_sr_euler import FlowMatchSREulerScheduler  # noqa: E402
 
@@ -28,4 +30,11 @@ def bundled(name: str = "x4") -> str:
     return str(weights / name)
 
 
-__all__ = ["FlowMatchSREulerScheduler", "FlowMatchSRPipeline", "UNetSRModel", "bundled"]
+__all__ = [
+    "ContextUNetSRModel",
+    "DDPMSRPipeline",
+    "FlowMatchSREulerScheduler",
+    "FlowMatchSRPipeline",
+    "UNetSRModel",
+    "bundled",
+]

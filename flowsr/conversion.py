@@ -12,9 +12,16 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
-from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
+from flowsr import (
+    ContextUNetSRModel,
+    DDPMSRPipeline,
+    FlowMatchSREulerScheduler,
+    FlowMatchSRPipeline,
+    UNetSRModel,
+)
 
 
 class ConversionError(ValueError):
@@ -45,23 +52,32 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
+WEIGHTS = {
+    "ema": ("ema", "ema_state"),
+    "model": ("model", "model_state", "model_state_dict"),
+}  # keys in training states
+
+
 def state_of(checkpoint: dict, ema: bool) -> dict[str, torch.Tensor]:
-    """The weights within a checkpoint: `ema` or `model` of a training state, or a bare state dict.
+    """The weights within a checkpoint: averaged or raw ones of a training state, or a bare state dict.
 
     Raises:
         ConversionError: if they are not there, saying which keys are.
     """
-    key = "ema" if ema else "model"
-    state = checkpoint.get(key, checkpoint)
-    if key not in checkpoint and {"ema", "model"} & set(checkpoint):
-        raise ConversionError(f"The checkpoint has no {key!r} weights, only {sorted(checkpoint)}; see `--weights`.")
+    averaged, raw = ([key for key in keys if key in checkpoint] for keys in WEIGHTS.values())
+    if ema and raw and not averaged and raw != ["model_state_dict"]:  # that project keeps no average
+        raise ConversionError(f"The checkpoint has no averaged weights, only {sorted(checkpoint)}; see `--weights`.")
+    if not ema and averaged and not raw:
+        raise ConversionError(f"The checkpoint has no raw weights, only {sorted(checkpoint)}; see `--weights`.")
+    found = (averaged if ema and averaged else raw) or [None]
+    state = checkpoint.get(found[0], checkpoint)
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConversionError(f"No weights found under the keys {sorted(map(str, checkpoint))[:8]}.")
     return state
 
 
-def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPipeline:
+def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPipeline | DDPMSRPipeline:
     """A pipeline from an original checkpoint.
 
     Args:
@@ -75,9 +91,12 @@ def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPi
     state = state_of(read_checkpoint(path), ema)
     if {"in_conv.weight", "mid_attn.qkv.weight", "time_mlp.net.0.weight"} <= set(state):
         return convert_flow_matching(state, scale)
+    if {"init_conv.weight", "context_extractor.projection.weight", "final_conv.weight"} <= set(state):
+        return convert_diffusion(state, scale, prediction_type(path))
     raise ConversionError(
         f"{path}: no known format; its first keys are {sorted(state)[:5]}. Known: the flow-matching x4 project "
-        "(in_conv, down_blocks, mid1, mid_attn, mid2, up_blocks, out_conv)."
+        "(in_conv, down_blocks, mid1, mid_attn, mid2, up_blocks, out_conv), the DDPM project (init_conv, downs, "
+        "bottleneck, ups, context_extractor, final_conv)."
     )
 
 
@@ -162,3 +181,85 @@ def reverse_time(weight: torch.Tensor) -> torch.Tensor:
     f = torch.exp(-4 * torch.arange(half, dtype=torch.float64) / (half - 1))
     of_sin, of_cos = weight.double().chunk(2, dim=1)
     return torch.cat([of_cos * f.sin() - of_sin * f.cos(), of_sin * f.sin() + of_cos * f.cos()], dim=1).to(weight)
+
+
+# The DDPM project: the residual over the upsampled LR in [-1, 1], cosine betas, DDIM.
+
+
+def prediction_type(path: str | Path) -> str:
+    """What the network predicts, which the project writes into the file name."""
+    name = Path(path).name
+    if "v_prediction" in name or "noise" not in name:
+        return "v_prediction"  # the project's default
+    return "epsilon"
+
+
+def convert_diffusion(state: dict[str, torch.Tensor], scale: int, prediction: str) -> DDPMSRPipeline:
+    levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("downs."))
+    blocks = 1 + max(int(m[1]) for key in state if (m := re.match(r"downs\.0\.(\d+)\.conv1", key)))
+    unet = ContextUNetSRModel(
+        scale_factor=scale,
+        block_out_channels=tuple(state[f"downs.{level}.0.conv1.weight"].shape[0] for level in range(levels)),
+        layers_per_block=blocks,
+        time_embedding_dim=state["time_mlp.0.weight"].shape[1],
+        context_channels=state["context_extractor.projection.weight"].shape[1],
+    )
+    renamed = {}
+    for key, value in state.items():
+        name = diffusion_name(key, levels, blocks)
+        if ".in_proj_" in name:
+            attention, _, kind = name.partition(".in_proj_")
+            for letter, part in zip("qkv", value.chunk(3)):
+                renamed[f"{attention}.to_{letter}.{kind}"] = part
+        else:
+            renamed[name] = value
+    try:
+        unet.load_state_dict(renamed, strict=True)
+    except RuntimeError as error:
+        raise ConversionError(f"The weights do not fit the network that their shapes suggest: {error}") from error
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return DDPMSRPipeline(unet.eval(), scheduler, target="residual")
+
+
+def diffusion_name(key: str, levels: int, blocks: int) -> str:
+    """The name of a weight here; `...in_proj_weight` for a joint projection, which is split."""
+    swaps = {
+        r"^time_mlp\.0": "time_embedding.linear_1",
+        r"^time_mlp\.2": "time_embedding.linear_2",
+        r"time_mlp\.1": "film",
+        r"^init_conv": "conv_in",
+        r"^final_conv": "conv_out",
+        r"^final_norm": "norm_out",
+        r"conv_block(\d)\.0": r"conv\1",
+        r"conv_block(\d)\.1": r"norm\1",
+        r"residual_connection": "shortcut",
+        r"norm_self_attn": "norm1",
+        r"norm_cross_attn": "norm2",
+        r"norm_ff": "norm3",
+        r"self_attn\.out_proj": "attn1.to_out.0",
+        r"cross_attn\.out_proj": "attn2.to_out.0",
+        r"self_attn\.": "attn1.",
+        r"cross_attn\.": "attn2.",
+        r"^bottleneck\.0": "mid_blocks.0",
+        r"^bottleneck\.1": "transformer_blocks.1",
+        r"^bottleneck\.2": "mid_blocks.1",
+    }
+    for pattern, name in swaps.items():
+        key = re.sub(pattern, name, key)
+    if found := re.match(r"(downs|ups)\.(\d+)\.(\d+)\.(.*)", key):
+        way, level, place, rest = found[1], int(found[2]), int(found[3]), found[4]
+        level = level if way == "downs" else levels - 1 - level
+        if place < blocks:
+            return f"{'down' if way == 'downs' else 'up'}_blocks.{level}.{place}.{rest}"
+        if level == levels - 1 and place == blocks:
+            return f"transformer_blocks.{0 if way == 'downs' else 2}.{rest}"
+        if way == "downs":
+            return f"downsamplers.{level}.{rest}"
+        return f"upsamplers.{level - 1}.{rest.removeprefix('1.')}"  # behind an upsampling without weights
+    return key

@@ -1,3 +1,4 @@
 from .unet_sr import UNetSRModel
+from .unet_sr_context import ContextUNetSRModel
 
-__all__ = ["UNetSRModel"]
+__all__ = ["ContextUNetSRModel", "UNetSRModel"]

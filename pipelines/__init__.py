@@ -1,3 +1,4 @@
+from .pipeline_ddpm_sr import DDPMSRPipeline
 from .pipeline_flow_match_sr import FlowMatchSRPipeline
 
-__all__ = ["FlowMatchSRPipeline"]
+__all__ = ["DDPMSRPipeline", "FlowMatchSRPipeline"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowsr import FlowMatchSRPipeline
-from flowsr.conversion import ConversionError, convert, reverse_time
+from flowsr import ContextUNetSRModel, DDPMSRPipeline, FlowMatchSRPipeline
+from flowsr.conversion import ConversionError, convert, diffusion_name, reverse_time
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT.parent / "shared/fixtures"
@@ -35,6 +35,95 @@ def test_the_flow_matching_project_keeps_its_numbers(tmp_path):
     assert error < 1e-5
     sr = pipe(image=expected["lr"], latents=expected["noise"], num_inference_steps=4, output_type="pt").images
     assert (sr - expected["sr_4_euler_midpoint_steps"]).abs().max() < 1e-4
+
+
+@needs_fixtures
+def test_the_ddpm_project_keeps_its_numbers(tmp_path):
+    assert run(FIXTURES / "diffusion_model_v_prediction_best.pth", tmp_path / "out") == 0
+    pipe = DDPMSRPipeline.from_pretrained(tmp_path / "out", disable_mmap=True)
+    pipe.set_progress_bar_config(disable=True)
+    expected = load_file(FIXTURES / "diffusion_v_prediction_expected.safetensors")
+    with torch.no_grad():
+        output = pipe.unet(expected["noise"], expected["timestep"], expected["lr"]).sample
+    error = (output - expected["model_output"]).abs().max() / expected["model_output"].abs().max()
+    assert error < 1e-5
+    image, noise = (expected["lr"] + 1) / 2, expected["noise"]
+    residual = pipe(image=image, latents=noise, num_inference_steps=10, output_type="latent").images
+    assert (residual - expected["residual_10_ddim_steps"]).abs().max() < 1e-4
+
+
+@needs_fixtures
+def test_ddpm_states_of_every_kind(tmp_path):
+    path = FIXTURES / "diffusion_model_v_prediction_best.pth"
+    state = torch.load(path, weights_only=True)["model_state_dict"]
+    expected = convert(path).unet.conv_in.weight
+    other = {name: value + 1 for name, value in state.items()}
+    kinds = {"bare_best.pth": state, "parallel_best.pth": {f"module.{k}": v for k, v in state.items()},
+             "both.pth": {"epoch": 1, "ema_state": state, "model_state": other}}  # fmt: skip
+    for name, content in kinds.items():
+        torch.save(content, tmp_path / name)
+        assert torch.equal(convert(tmp_path / name).unet.conv_in.weight, expected)
+    assert torch.equal(convert(tmp_path / "both.pth", ema=False).unet.conv_in.weight, expected + 1)
+    torch.save(state, tmp_path / "model_noise_best.pth")
+    assert convert(tmp_path / "model_noise_best.pth").scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(("widths", "blocks"), [((16, 32, 64), 2), ((16,), 1), ((8, 16), 3)])
+def test_ddpm_sizes_are_read_off_the_shapes(tmp_path, widths, blocks):
+    # The names of the original, given to the weights of a random network here.
+    unet = ContextUNetSRModel(
+        block_out_channels=widths, layers_per_block=blocks, time_embedding_dim=16, context_channels=24
+    )
+    ours = unet.state_dict()
+    levels, originals = len(widths), {}
+    for key in ddpm_keys(levels, blocks, widths):
+        name = diffusion_name(key, levels, blocks)
+        if ".in_proj_" in name:
+            attention, _, kind = name.partition(".in_proj_")
+            originals[key] = torch.cat([ours.pop(f"{attention}.to_{letter}.{kind}") for letter in "qkv"])
+        else:
+            originals[key] = ours.pop(name)
+    assert not ours
+    torch.save(originals, tmp_path / "x_best.pth")
+    converted = convert(tmp_path / "x_best.pth").unet
+    assert converted.config.block_out_channels == widths
+    for name, value in unet.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value)
+
+
+def ddpm_keys(levels: int, blocks: int, widths: tuple[int, ...]) -> list[str]:
+    """The keys of the original network, as the fixture shows them."""
+    weight_and_bias = lambda *names: [f"{n}.{kind}" for n in names for kind in ("weight", "bias")]  # noqa: E731
+
+    def block(name, i, o):
+        keys = [f"{name}.conv1.weight", f"{name}.conv2.weight"]
+        keys += weight_and_bias(f"{name}.time_mlp.1", f"{name}.norm1", f"{name}.norm2")
+        if i != o:
+            shortcut = f"{name}.residual_connection"
+            keys += [f"{shortcut}.0.weight", *weight_and_bias(f"{shortcut}.1")]
+        return keys
+
+    def transformer(name):
+        keys = weight_and_bias(*(f"{name}.norm_{n}" for n in ("self_attn", "cross_attn", "ff")))
+        for attention in ("self_attn", "cross_attn"):
+            keys += [f"{name}.{attention}.in_proj_weight", f"{name}.{attention}.in_proj_bias"]
+            keys += weight_and_bias(f"{name}.{attention}.out_proj")
+        return keys + weight_and_bias(f"{name}.ff.0", f"{name}.ff.2")
+
+    keys = weight_and_bias("time_mlp.0", "time_mlp.2", "init_conv", "final_norm", "final_conv")
+    keys += ["context_extractor.conv_block1.0.weight", "context_extractor.conv_block2.0.weight"]
+    keys += weight_and_bias(*(f"context_extractor.{n}" for n in ("conv_block1.1", "conv_block2.1", "projection")))
+    for level, width in enumerate(widths):
+        for n in range(blocks):
+            keys += block(f"downs.{level}.{n}", widths[max(level - 1, 0)] if n == 0 else width, width)
+            keys += block(f"ups.{levels - 1 - level}.{n}", 2 * width if n == 0 else width, width)
+        if level < levels - 1:
+            keys += weight_and_bias(f"downs.{level}.{blocks}")
+        if level > 0:  # behind the transformer of the deepest level, and behind an upsampling without weights
+            place = blocks + (level == levels - 1)
+            keys += weight_and_bias(f"ups.{levels - 1 - level}.{place}.1")
+    keys += transformer(f"downs.{levels - 1}.{blocks}") + transformer(f"ups.0.{blocks}") + transformer("bottleneck.1")
+    return keys + block("bottleneck.0", widths[-1], widths[-1]) + block("bottleneck.2", widths[-1], widths[-1])
 
 
 @needs_fixtures

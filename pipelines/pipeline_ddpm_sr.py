@@ -1,0 +1,164 @@
+"""Super-resolution by denoising diffusion: DDIM, DDPM or any other scheduler of diffusers.
+
+This file and those it imports from beside it travel with a checkpoint, so that it loads without flowsr installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from .consistency import make_consistent
+from .pictures import check_call, group_by_size, picture_at, read_images, write_images
+from .sharing import SelfContainedMixin
+from .tiles import predict
+
+
+class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
+    r"""Upscales pictures by reversing a diffusion (Ho et al. 2020; Saharia et al. 2021 for super-resolution).
+
+    Args:
+        unet ([`ContextUNetSRModel`] or [`UNetSRModel`]): called as `unet(x_t, timestep, lr)`; sees the LR by
+            cross-attention or beside the state. What it predicts is the scheduler's `prediction_type`.
+        scheduler ([`~diffusers.DDIMScheduler`], [`~diffusers.DDPMScheduler`] or another of diffusers).
+        target (`"residual"`, `"image"`): what is diffused: the picture less its bicubic upsampling, or the picture.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, target: Literal["residual", "image"] = "residual"):
+        super().__init__()
+        if target not in ("residual", "image"):
+            raise ValueError(f"`target` must be 'residual' or 'image', got {target!r}.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(target=target)
+
+    @property
+    def scale_factor(self) -> int:
+        """HR pixels per LR pixel, each way."""
+        return self.unet.config.scale_factor
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PIL.Image.Image | np.ndarray | torch.Tensor | list,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        consistency: Literal["exact", "soft"] | None = None,
+        guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        tile: int | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """Upscales; each output is exactly `scale_factor` times its input.
+
+        Args:
+            image: as for [`FlowMatchSRPipeline`]: PIL of any mode, arrays and tensors, or a list of these.
+            num_inference_steps (`int`): steps of the scheduler, one network evaluation each.
+            eta (`float` in [0, 1]): noise in each step of DDIM, from none to that of DDPM (Song et al. 2021, eq. 16).
+            consistency, guidance_scale, num_images_per_prompt, generator, tile, return_dict, callback_on_step_end,
+                callback_on_step_end_tensor_inputs: as for [`FlowMatchSRPipeline`].
+            latents (`torch.Tensor` of shape `(outputs, c, scale * h, scale * w)`, *optional*): standard normal
+                noise to start from instead of a draw.
+            output_type: "pil", "np", "pt", or "latent": the final state, which is the residual for that target.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
+
+        Raises:
+            ValueError, TypeError: for input that cannot be right, before any work.
+        """
+        pictures = read_images(image)
+        takes = inspect.signature(self.scheduler.step).parameters
+        if eta != 0 and "eta" not in takes:
+            raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} has none; leave it at 0.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
+        check_call(
+            self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
+            latents, tile, output_type, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        groups = group_by_size(pictures)
+        self._num_timesteps = num_inference_steps
+
+        images, done = [], 0
+        with self.progress_bar(total=len(groups) * num_inference_steps) as bar:
+            for group in groups:
+                # 1. The LR, and the noise picture by picture. Some schedulers remember: each group starts anew.
+                self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+                lr = torch.cat([picture.color for picture in group]).to(self._execution_device)
+                lr = lr.repeat_interleave(num_images_per_prompt, dim=0)
+                lr_up = F.interpolate(lr, scale_factor=float(self.scale_factor), mode="bicubic", antialias=True)
+                mine = slice(done, done + len(lr))
+                done += len(lr)
+                draws = generator[mine] if isinstance(generator, list) else generator
+                if latents is None:
+                    each = draws if isinstance(draws, list) else [draws] * len(lr)
+                    noise = [randn_tensor((1, *lr_up.shape[1:]), generator=g, device=lr.device) for g in each]
+                    x_t = torch.cat(noise) * self.scheduler.init_noise_sigma
+                else:
+                    x_t = latents[mine].to(lr) * self.scheduler.init_noise_sigma
+                options = {"eta": eta} if "eta" in takes else {}
+                options |= {"generator": draws} if "generator" in takes else {}
+
+                # 2. Denoising.
+                for step, timestep in enumerate(self.scheduler.timesteps):
+                    if self._interrupt:
+                        break
+                    state = self.scheduler.scale_model_input(x_t, timestep)
+                    prediction = predict(self.unet, state, timestep, lr, tile)
+                    if guidance_scale != 1:
+                        without = predict(self.unet, state, timestep, lr, tile, drop_condition=True)
+                        prediction = without + guidance_scale * (prediction - without)
+                    x_t = self.scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
+                    if callback_on_step_end is not None:
+                        asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
+                        x_t = callback_on_step_end(self, step, timestep, asked).pop("latents", x_t)
+                    bar.update()
+
+                # 3. The picture, its agreement with the LR, and back into the kind that came.
+                if output_type == "latent":
+                    images.extend(x_t)
+                    continue
+                hr = lr_up + x_t if self.config.target == "residual" else x_t
+                if consistency is not None:
+                    hr = make_consistent(hr, lr, self.scale_factor, consistency)
+                answers = iter(hr.split(num_images_per_prompt))
+                for picture in group:
+                    for number in range(len(picture.color)):
+                        single = picture_at(picture, number, num_images_per_prompt)
+                        images.extend(write_images(single, next(answers), output_type))
+
+        if output_type != "pil" and len({image.shape for image in images}) == 1:
+            images = np.stack(images) if output_type == "np" else torch.stack(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
