@@ -33,6 +33,7 @@ setup(
         "safetensors>=0.5",
         "pillow>=10",
         "numpy>=1.26",
+        "torchdiffeq>=0.2.4",
         "torchmetrics>=1.4",
         "tqdm",
     ],

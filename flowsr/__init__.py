@@ -11,6 +11,7 @@ if (_root / "setup.py").is_file() and (_root / "pipelines").is_dir():
 from flowsr.models.unet_sr import UNetSRModel  # noqa: E402
 from flowsr.models.unet_sr_context import ContextUNetSRModel  # noqa: E402
 from flowsr.pipelines.pipeline_ddpm_sr import DDPMSRPipeline  # noqa: E402
+from flowsr.pipelines.pipeline_flow_match import FlowMatchPipeline  # noqa: E402
 from flowsr.pipelines.pipeline_flow_match_sr import FlowMatchSRPipeline  # noqa: E402
 from flowsr.schedulers.scheduling_flow_match_sr_euler import FlowMatchSREulerScheduler  # noqa: E402
 
@@ -33,6 +34,7 @@ def bundled(name: str = "x4") -> str:
 __all__ = [
     "ContextUNetSRModel",
     "DDPMSRPipeline",
+    "FlowMatchPipeline",
     "FlowMatchSREulerScheduler",
     "FlowMatchSRPipeline",
     "UNetSRModel",

@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .consistency import make_consistent
 from .pictures import Picture, check_call, group_by_size, picture_at, read_images, write_images
 from .sharing import SelfContainedMixin
+from .solvers import SMALLEST_SIGMA, SOLVERS, integrate
 from .tiles import predict
 
 
@@ -44,6 +45,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(data_range=tuple(data_range))
+        self.num_evaluations = 0
 
     @property
     def scale_factor(self) -> int:
@@ -98,6 +100,9 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
         num_inference_steps: int = 4,
         sigmas: list[float] | None = None,
         fidelity: float = 0.0,
+        solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler",
+        rtol: float = 1e-3,
+        atol: float = 1e-3,
         consistency: Literal["exact", "soft"] | None = None,
         guidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
@@ -124,6 +129,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 picture (one evaluation whatever `num_inference_steps`); between them the flow is followed down to
                 sigma = `fidelity`, and the estimate there is the answer. Values below 1 / `num_inference_steps` equal
                 0.
+            solver: "euler" takes one network evaluation a step, "midpoint" and "heun" two, "rk4" four; "dopri5" takes
+                as many as `rtol` and `atol` need (see [`integrate`]). `num_evaluations` holds the number afterwards.
             consistency: "exact" makes the output downscale (bicubic) to the input: for clean pictures that were
                 downscaled; "soft" does so for colour and tone alone: for camera pictures and JPEGs.
             guidance_scale (`float`): classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w) on the LR.
@@ -146,6 +153,11 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         pictures = read_images(image)
+        if solver != "euler" and (solver not in SOLVERS or callback_on_step_end is not None):
+            raise ValueError(
+                f"`solver` must be one of {['euler', *SOLVERS]}, and only 'euler' has steps for a callback; "
+                f"got {solver!r}."
+            )
         self.check_inputs(
             pictures, num_inference_steps, sigmas, fidelity, consistency, guidance_scale, num_images_per_prompt,
             generator, latents, tile, output_type, callback_on_step_end_tensor_inputs,
@@ -171,14 +183,29 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                     x_t = latents[mine].to(lr)
 
                 # 2. Along the flow.
-                for step, timestep in enumerate(self.scheduler.timesteps):
+                def estimate(x: torch.Tensor, timestep: torch.Tensor, lr: torch.Tensor = lr) -> torch.Tensor:
+                    prediction = predict(self.unet, x, timestep, lr, tile)
+                    if guidance_scale != 1:
+                        without = predict(self.unet, x, timestep, lr, tile, drop_condition=True)
+                        prediction = without + guidance_scale * (prediction - without)
+                    return prediction
+
+                def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+                    if self.scheduler.config.prediction_type == "sample":
+                        sigma = sigma.clamp(min=SMALLEST_SIGMA)
+                    timestep = sigma * self.scheduler.config.num_train_timesteps
+                    return self.scheduler.predict_velocity(estimate(x, timestep), x, timestep)  # noqa: B023
+
+                timesteps, self.num_evaluations = self.scheduler.timesteps, len(self.scheduler.timesteps)
+                if solver != "euler":
+                    sigmas_to = self.scheduler.sigmas[:-1] if fidelity > 0 else self.scheduler.sigmas
+                    timesteps = timesteps[-1:] if fidelity > 0 else timesteps[:0]  # the jump to the image
+                    x_t, evaluations = integrate(velocity, x_t, sigmas_to, solver, rtol, atol)
+                    self.num_evaluations = evaluations + len(timesteps)
+                for step, timestep in enumerate(timesteps):
                     if self._interrupt:
                         break
-                    prediction = predict(self.unet, x_t, timestep, lr, tile)
-                    if guidance_scale != 1:
-                        without = predict(self.unet, x_t, timestep, lr, tile, drop_condition=True)
-                        prediction = without + guidance_scale * (prediction - without)
-                    x_t = self.scheduler.step(prediction, timestep, x_t, return_dict=False)[0]
+                    x_t = self.scheduler.step(estimate(x_t, timestep), timestep, x_t, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
                         x_t = callback_on_step_end(self, step, timestep, asked).pop("latents", x_t)

@@ -10,7 +10,14 @@ import sys
 
 from huggingface_hub import ModelCard
 
-HELPERS = ("pictures.py", "consistency.py", "tiles.py", "sharing.py")  # what pipeline files import from beside them
+# What pipeline files import from beside them.
+HELPERS = (
+    "pictures.py",
+    "consistency.py",
+    "tiles.py",
+    "solvers.py",
+    "sharing.py",
+)  # what pipeline files import from beside them
 
 
 class SelfContainedMixin:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MODULES = {  # written into model_index.json: a file format
     "FlowMatchSRPipeline": "flowsr.pipelines.pipeline_flow_match_sr",
+    "FlowMatchPipeline": "flowsr.pipelines.pipeline_flow_match",
     "DDPMSRPipeline": "flowsr.pipelines.pipeline_ddpm_sr",
     "UNetSRModel": "flowsr.models.unet_sr",
     "ContextUNetSRModel": "flowsr.models.unet_sr_context",

@@ -1,0 +1,143 @@
+"""Pictures from noise by flow matching, optionally of a class.
+
+This file and those it imports from beside it travel with a checkpoint, so that it loads without flowsr installed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .sharing import SelfContainedMixin
+from .solvers import SMALLEST_SIGMA, SOLVERS, integrate
+
+
+class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
+    r"""Generates pictures along a learned flow from noise (Lipman et al. 2023; Liu et al. 2022, rectified flow).
+
+    Args:
+        unet ([`UNetSRModel`] with `lr_channels=None`): called as `unet(x_t, timestep, class_labels=...)`.
+        scheduler ([`FlowMatchSREulerScheduler`] with `source="noise"`).
+        sample_size (`tuple[int, int]`): height and width that the network was trained for, in pixels.
+        data_range (`tuple[float, float]`): black and white as network and flow see them.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        sample_size: tuple[int, int] = (32, 32),
+        data_range: tuple[float, float] = (-1.0, 1.0),
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(sample_size=tuple(sample_size), data_range=tuple(data_range))
+        self.num_evaluations = 0
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: int | list[int] | None = None,
+        num_inference_steps: int = 20,
+        solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler",
+        rtol: float = 1e-4,
+        atol: float = 1e-4,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Generates `batch_size` pictures, or one per class label.
+
+        Args:
+            batch_size (`int`): number of pictures, where `class_labels` is not a list.
+            class_labels (`int` or `list[int]`, *optional*): 0..num_class_embeds - 1; without, a class-conditional
+                network generates of no class.
+            num_inference_steps (`int`): steps of the fixed-step solvers.
+            solver: "euler" takes one network evaluation a step, "midpoint" and "heun" two, "rk4" four; "dopri5" as
+                many as `rtol` and `atol` need. `num_evaluations` holds the number afterwards.
+            guidance_scale (`float`): classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w).
+            generator: of the noise, also a list of one per picture.
+            latents (`torch.Tensor` of shape `(pictures, c, h, w)`, *optional*): the source to start from.
+            output_type: "pil"; "np" `(n, h, w, c)` or "pt" `(n, c, h, w)` in [0, 1]; "latent", the state as it ends.
+
+        Raises:
+            ValueError: for arguments that cannot be right, before any work.
+        """
+        config = self.unet.config
+        classes = config.num_class_embeds
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels] * batch_size
+        if not labels or num_inference_steps < 1:
+            raise ValueError(f"Nothing to do: {len(labels)} pictures in {num_inference_steps} steps.")
+        if classes is None and class_labels is not None:
+            raise ValueError("`class_labels` were given, but this network knows no classes.")
+        wrong = [label for label in labels if label is not None and not (0 <= label < (classes or 0))]
+        if wrong:
+            raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {wrong}.")
+        if guidance_scale != 1 and class_labels is None:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no class to be guided to.")
+        if solver != "euler" and solver not in SOLVERS:
+            raise ValueError(f"`solver` must be one of {['euler', *SOLVERS]}, got {solver!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        shape = (len(labels), config.in_channels, *self.config.sample_size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+
+        # 1. The source.
+        device = self._execution_device
+        if latents is None:
+            x_t = self.scheduler.sample_source(torch.zeros(shape, device=device), generator=generator)
+        else:
+            x_t = latents.to(device, torch.float32)
+        given = none = None
+        if classes is not None:
+            given = torch.tensor([classes if label is None else label for label in labels], device=device)
+            none = torch.full_like(given, classes)
+
+        # 2. Along the flow.
+        def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            prediction = self.unet(x, timestep, class_labels=given, return_dict=False)[0]
+            if guidance_scale != 1:
+                without = self.unet(x, timestep, class_labels=none, return_dict=False)[0]
+                prediction = without + guidance_scale * (prediction - without)
+            return prediction
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if solver == "euler":
+            for timestep in self.progress_bar(self.scheduler.timesteps):
+                x_t = self.scheduler.step(predict(x_t, timestep), timestep, x_t, return_dict=False)[0]
+            self.num_evaluations = num_inference_steps
+        else:
+
+            def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+                if self.scheduler.config.prediction_type == "sample":
+                    sigma = sigma.clamp(min=SMALLEST_SIGMA)
+                timestep = sigma * self.scheduler.config.num_train_timesteps
+                return self.scheduler.predict_velocity(predict(x, timestep), x, timestep)
+
+            x_t, self.num_evaluations = integrate(velocity, x_t, self.scheduler.sigmas, solver, rtol, atol)
+
+        # 3. Pictures.
+        images = x_t
+        if output_type != "latent":
+            low, high = self.config.data_range
+            images = ((x_t - low) / (high - low)).clamp(0, 1).cpu()
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            levels = (images * 255).round().astype(np.uint8)
+            images = [PIL.Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in levels]
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
