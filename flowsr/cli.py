@@ -80,7 +80,8 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
     elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
         raise ValueError(f"There is no checkpoint folder {checkpoint}.")
     try:
-        return flowsr.FlowMatchSRPipeline.from_pretrained(str(where)).to(device, getattr(torch, dtype))
+        pipe = flowsr.FlowMatchSRPipeline.from_pretrained(str(where)).to(device)
+        return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
     except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error

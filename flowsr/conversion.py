@@ -144,7 +144,7 @@ def convert_flow_matching(state: dict[str, torch.Tensor], scale: int) -> FlowMat
     scheduler = FlowMatchSREulerScheduler(
         source="noise", source_noise_std=1.0, prediction_type="velocity", evaluate_at="middle"
     )
-    return FlowMatchSRPipeline(unet.eval(), scheduler, data_range=(0.0, 1.0))
+    return FlowMatchSRPipeline(unet.eval(), scheduler, data_range=[0.0, 1.0])
 
 
 def flow_matching_name(key: str, levels: int) -> str:

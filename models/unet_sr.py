@@ -368,7 +368,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             h = torch.cat([h, condition.to(dtype)], dim=1)
 
         # Down, middle, up.
-        h = self.conv_in(h)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # what convolutions are fastest in
         skips = []
         for level, stage in enumerate(self.down_stages):
             h = self._run_stage(stage, h, temb)

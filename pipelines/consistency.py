@@ -92,5 +92,8 @@ def make_consistent(hr: torch.Tensor, lr: torch.Tensor, scale: int, kind: Litera
             error = (mirrored(error, 8, 8, dim).movedim(dim, -1).unfold(-1, 17, 1) @ gauss).movedim(-1, dim)
         return hr + F.interpolate(error, scale_factor=float(scale), mode="bicubic", antialias=True)
     for _ in range(8):
-        hr = (hr + upscale_minimum_norm(lr - downscale(hr, scale), scale)).clamp(-1, 1)
+        hr = hr + upscale_minimum_norm(lr - downscale(hr, scale), scale)
+        if hr.abs().max() <= 1:
+            break
+        hr = hr.clamp(-1, 1)
     return hr

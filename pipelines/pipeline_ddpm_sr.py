@@ -37,7 +37,7 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, target: Literal["residual", "image"] = "residual"):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, target: str = "residual"):
         super().__init__()
         if target not in ("residual", "image"):
             raise ValueError(f"`target` must be 'residual' or 'image', got {target!r}.")

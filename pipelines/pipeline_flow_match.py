@@ -24,8 +24,8 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
     Args:
         unet ([`UNetSRModel`] with `lr_channels=None`): called as `unet(x_t, timestep, class_labels=...)`.
         scheduler ([`FlowMatchSREulerScheduler`] with `source="noise"`).
-        sample_size (`tuple[int, int]`): height and width that the network was trained for, in pixels.
-        data_range (`tuple[float, float]`): black and white as network and flow see them.
+        sample_size (`list[int]`): height and width that the network was trained for, in pixels.
+        data_range (`list[float]`): black and white as network and flow see them.
     """
 
     model_cpu_offload_seq = "unet"
@@ -35,12 +35,12 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
         self,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
-        sample_size: tuple[int, int] = (32, 32),
-        data_range: tuple[float, float] = (-1.0, 1.0),
+        sample_size: list[int] = [32, 32],
+        data_range: list[float] = [-1.0, 1.0],
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(sample_size=tuple(sample_size), data_range=tuple(data_range))
+        self.register_to_config(sample_size=list(sample_size), data_range=list(data_range))
         self.num_evaluations = 0
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
     Args:
         unet ([`UNetSRModel`]): called as `unet(x_t, timestep, lr)`.
         scheduler ([`FlowMatchSREulerScheduler`]): draws the source and steps along the flow.
-        data_range (`tuple[float, float]`): black and white as network and flow see them; saved with the pipeline.
+        data_range (`list[float]`): black and white as network and flow see them; saved with the pipeline.
 
     Example:
 
@@ -41,10 +41,10 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, data_range: tuple[float, float] = (-1.0, 1.0)):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, data_range: list[float] = [-1.0, 1.0]):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(data_range=tuple(data_range))
+        self.register_to_config(data_range=list(data_range))
         self.num_evaluations = 0
 
     @property

@@ -62,7 +62,7 @@ def make_generator(classes: int | None = 3, **kwargs) -> FlowMatchPipeline:
         num_class_embeds=classes,
     )  # fmt: skip
     scheduler = FlowMatchSREulerScheduler(source="noise", source_noise_std=1.0, prediction_type="velocity")
-    pipe = FlowMatchPipeline(unet, scheduler, sample_size=(8, 12), **kwargs)
+    pipe = FlowMatchPipeline(unet, scheduler, sample_size=[8, 12], **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -94,7 +94,7 @@ def test_guidance_extrapolates_from_no_class():
 
 
 def test_forms_of_output_and_round_trip(tmp_path):
-    pipe = make_generator(classes=None, data_range=(0.0, 1.0))
+    pipe = make_generator(classes=None, data_range=[0.0, 1.0])
     pil, array, tensor = (
         pipe(2, num_inference_steps=1, generator=seeded(), output_type=kind).images for kind in ("pil", "np", "pt")
     )
