@@ -47,7 +47,7 @@ def test_the_example_photo_is_well_above_bicubic(pipe):
     lr = PIL.Image.fromarray(downscale(hr, 4))
     bicubic = psnr_y(np.asarray(lr.resize((240, 240), PIL.Image.BICUBIC)), hr, 4)
     faithful = np.asarray(pipe(lr, fidelity=1.0, generator=seeded()).images[0])
-    assert psnr_y(faithful, hr, 4) > bicubic + 2
+    assert psnr_y(faithful, hr, 4) > bicubic + 1.5
     exact = np.asarray(pipe(lr, fidelity=1.0, consistency="exact", generator=seeded()).images[0])
     assert psnr_y(exact, hr, 4) > psnr_y(faithful, hr, 4) - 0.01
     assert lr_psnr(exact, np.asarray(lr), 4) > 55
