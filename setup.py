@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["datasets>=4.0", "pyyaml", "tensorboard", "tqdm"]
-TEST = ["pytest>=8", "ruff", "scipy"]
+TRAIN = ["datasets>=4.0", "pyyaml", "tensorboard"]
+TEST = ["pytest>=8", "ruff"]
 
 setup(
     name="flowsr",

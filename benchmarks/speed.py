@@ -1,4 +1,4 @@
-"""Seconds and memory of one 128x128 -> 512x512 picture, beside a same-size plain EDSR-baseline in the same run.
+"""Seconds of one 128x128 -> 512x512 picture, beside a same-size plain EDSR-baseline in the same run.
 
     python benchmarks/speed.py                      # the bundled network, float32
     python benchmarks/speed.py --dtype bfloat16 --threads 2 --repeats 20

@@ -9,7 +9,7 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 SILVER_RATIO = 2**0.5 - 1
 
 LOSSES = {
-    "l1": F.l1_loss,  # posterior median: sharper, and the dial then works (see README, "How it works")
+    "l1": F.l1_loss,  # posterior median: the vivid end of the dial then improves with every step
     "mse": F.mse_loss,  # posterior mean: Lipman et al. 2023, eq. 14
 }
 
