@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -161,59 +161,20 @@ def group_by_size(pictures: list[Picture]) -> list[list[Picture]]:
     return [[picture] for picture in pictures]
 
 
-def picture_at(picture: Picture, number: int, copies: int) -> Picture:
-    """One picture of a batch, for `copies` outputs."""
-    alpha = None if picture.alpha is None else picture.alpha[number : number + 1].expand(copies, -1, -1, -1)
-    return Picture(picture.color[number : number + 1], alpha, picture.grey, picture.mode, picture.info)
+def write_group(group: list[Picture], color: torch.Tensor, copies: int, output_type: str) -> list:
+    """All pictures of a group, `copies` outputs of each next to each other, from `color` (`(outputs, 3, H, W)`)."""
+    images, answers = [], iter(color.split(copies))
+    for picture in group:
+        for number in range(len(picture.color)):
+            alpha = picture.alpha
+            if alpha is not None:
+                alpha = alpha[number : number + 1].expand(copies, -1, -1, -1)
+            images += write_images(replace(picture, alpha=alpha), next(answers), output_type)
+    return images
 
 
-def check_call(
-    pipe: Any,
-    pictures: list[Picture],
-    num_inference_steps: int,
-    consistency: str | None,
-    guidance_scale: float,
-    num_images_per_prompt: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
-    tile: int | None,
-    output_type: str,
-    callback_on_step_end_tensor_inputs: list[str] | None,
-) -> None:
-    """Refuses what no pipeline of this library can do, saying what was found, what is wanted and the way out."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be a whole number from 1, got {num_inference_steps!r}.")
-    if consistency not in ("exact", "soft", None):
-        raise ValueError(f"`consistency` must be 'exact', 'soft' or None, got {consistency!r}.")
-    if guidance_scale != 1 and not getattr(pipe.unet.config, "condition_dropout", 0):
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale}, but this network was trained without condition dropout; leave "
-            "it at 1, or train with `condition_dropout`."
-        )
-    if num_images_per_prompt < 1:
-        raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
-    if tile is not None and (not isinstance(tile, int) or tile < 1):
-        raise ValueError(f"`tile` must be a number of LR pixels from 1, or None, got {tile!r}.")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-    unknown = set(callback_on_step_end_tensor_inputs or []) - set(pipe._callback_tensor_inputs)
-    if unknown:
-        raise ValueError(
-            f"`callback_on_step_end_tensor_inputs` must be in {pipe._callback_tensor_inputs}, got {sorted(unknown)}."
-        )
-    count = sum(len(picture.color) for picture in pictures) * num_images_per_prompt
-    if isinstance(generator, list) and len(generator) != count:
-        raise ValueError(f"`generator` must hold one generator per output, got {len(generator)} for {count}.")
-    if latents is not None:
-        sizes = {tuple(side * pipe.scale_factor for side in picture.color.shape[-2:]) for picture in pictures}
-        wanted = [(count, pipe.unet.config.in_channels, *size) for size in sizes]
-        if [tuple(latents.shape)] != wanted:
-            raise ValueError(
-                f"`latents` must be the initial state of every output, of shape {wanted[0]}, got "
-                f"{tuple(latents.shape)}; pictures of different sizes cannot share one."
-            )
-    if pipe._execution_device.type == "cpu" and pipe.unet.dtype == torch.float16:
-        raise ValueError(
-            "float16 is thousands of times slower than float32 on a CPU; use pipe.to(torch.bfloat16) or "
-            "pipe.to(torch.float32)."
-        )
+def stack_if_equal(images: list, output_type: str) -> list | np.ndarray | torch.Tensor:
+    """Arrays and tensors of one size as one; PIL pictures, and sizes that differ, as a list."""
+    if output_type == "pil" or len({image.shape for image in images}) > 1:
+        return images
+    return np.stack(images) if output_type == "np" else torch.stack(images)

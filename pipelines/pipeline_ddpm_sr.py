@@ -18,8 +18,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import check_inputs
 from .consistency import make_consistent
-from .pictures import check_call, group_by_size, picture_at, read_images, write_images
+from .pictures import group_by_size, read_images, stack_if_equal, write_group
 from .sharing import SelfContainedMixin
 from .tiles import predict
 
@@ -102,7 +103,7 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
             raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} has none; leave it at 0.")
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
-        check_call(
+        check_inputs(
             self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
             latents, tile, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
@@ -135,10 +136,7 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
                     if self._interrupt:
                         break
                     state = self.scheduler.scale_model_input(x_t, timestep)
-                    prediction = predict(self.unet, state, timestep, lr, tile)
-                    if guidance_scale != 1:
-                        without = predict(self.unet, state, timestep, lr, tile, drop_condition=True)
-                        prediction = without + guidance_scale * (prediction - without)
+                    prediction = predict(self.unet, state, timestep, lr, tile, guidance_scale)
                     x_t = self.scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
@@ -152,13 +150,8 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 hr = lr_up + x_t if self.config.target == "residual" else x_t
                 if consistency is not None:
                     hr = make_consistent(hr, lr, self.scale_factor, consistency)
-                answers = iter(hr.split(num_images_per_prompt))
-                for picture in group:
-                    for number in range(len(picture.color)):
-                        single = picture_at(picture, number, num_images_per_prompt)
-                        images.extend(write_images(single, next(answers), output_type))
+                images += write_group(group, hr, num_images_per_prompt, output_type)
 
-        if output_type != "pil" and len({image.shape for image in images}) == 1:
-            images = np.stack(images) if output_type == "np" else torch.stack(images)
+        images = stack_if_equal(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -16,8 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .checks import check_inputs
 from .consistency import make_consistent
-from .pictures import Picture, check_call, group_by_size, picture_at, read_images, write_images
+from .pictures import group_by_size, read_images, stack_if_equal, write_group
 from .sharing import SelfContainedMixin
 from .solvers import SMALLEST_SIGMA, SOLVERS, integrate
 from .tiles import predict
@@ -64,35 +65,6 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def check_inputs(
-        self,
-        pictures: list[Picture],
-        num_inference_steps: int,
-        sigmas: list[float] | None,
-        fidelity: float,
-        consistency: str | None,
-        guidance_scale: float,
-        num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        tile: int | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Refuses what cannot be done, before any work, saying what was found, what is wanted and the way out."""
-        if not 0 <= fidelity <= 1:
-            raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity}.")
-        if sigmas is not None and fidelity != 0:
-            raise ValueError(
-                "Give `sigmas` or `fidelity`, not both: `fidelity` chooses the grid that `sigmas` replaces."
-            )
-        if latents is None and self.scheduler.config.source == "prior":
-            raise ValueError("This checkpoint starts from a prior's estimate; pass that as `latents`.")
-        check_call(
-            self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
-            latents, tile, output_type, callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
-
     @torch.no_grad()
     def __call__(
         self,
@@ -117,18 +89,15 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
         """Upscales; each output is exactly `scale_factor` times its input.
 
         Args:
-            image: PIL picture of any mode (given back in the same mode, with alpha, ICC profile and EXIF); array `(h,
-                w)`,
+            image: PIL picture of any mode (given back in that mode, with alpha, ICC profile and EXIF); array `(h, w)`,
                 `(h, w, c)` or `(n, h, w, c)` of uint8, uint16 or float in [0, 1]; tensor `(c, h, w)` or `(n, c, h, w)`
-                of uint8 or float in [0, 1]; 1 to 4 channels, 2 and 4 with alpha; or a list of these. Any size from
-                1x1.
+                of uint8 or float in [0, 1]; 1 to 4 channels, 2 and 4 with alpha; or a list of these, from 1x1 on.
             num_inference_steps (`int`): steps along the flow, one network evaluation each.
             sigmas (`list[float]`, *optional*): starts of the steps instead, falling within (0, 1].
             fidelity (`float` in [0, 1]): 0 goes all the way to a vivid sample; 1 answers at once with the most
-                faithful
-                picture (one evaluation whatever `num_inference_steps`); between them the flow is followed down to
-                sigma = `fidelity`, and the estimate there is the answer. Values below 1 / `num_inference_steps` equal
-                0.
+                faithful picture (one evaluation whatever `num_inference_steps`); between them the flow is followed
+                down to sigma = `fidelity`, and the estimate there is the answer. Below 1 / `num_inference_steps` it
+                equals 0.
             solver: "euler" takes one network evaluation a step, "midpoint" and "heun" two, "rk4" four; "dopri5" takes
                 as many as `rtol` and `atol` need (see [`integrate`]). `num_evaluations` holds the number afterwards.
             consistency: "exact" makes the output downscale (bicubic) to the input: for clean pictures that were
@@ -158,9 +127,17 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 f"`solver` must be one of {['euler', *SOLVERS]}, and only 'euler' has steps for a callback; "
                 f"got {solver!r}."
             )
-        self.check_inputs(
-            pictures, num_inference_steps, sigmas, fidelity, consistency, guidance_scale, num_images_per_prompt,
-            generator, latents, tile, output_type, callback_on_step_end_tensor_inputs,
+        if not 0 <= fidelity <= 1:
+            raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity}.")
+        if sigmas is not None and fidelity != 0:
+            raise ValueError(
+                "Give `sigmas` or `fidelity`, not both: `fidelity` chooses the grid that `sigmas` replaces."
+            )
+        if latents is None and self.scheduler.config.source == "prior":
+            raise ValueError("This checkpoint starts from a prior's estimate; pass that as `latents`.")
+        check_inputs(
+            self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
+            latents, tile, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.set_sigmas(num_inference_steps, sigmas, fidelity)
@@ -183,29 +160,27 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                     x_t = latents[mine].to(lr)
 
                 # 2. Along the flow.
-                def estimate(x: torch.Tensor, timestep: torch.Tensor, lr: torch.Tensor = lr) -> torch.Tensor:
-                    prediction = predict(self.unet, x, timestep, lr, tile)
-                    if guidance_scale != 1:
-                        without = predict(self.unet, x, timestep, lr, tile, drop_condition=True)
-                        prediction = without + guidance_scale * (prediction - without)
-                    return prediction
-
-                def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+                def velocity(x: torch.Tensor, sigma: torch.Tensor, lr: torch.Tensor = lr) -> torch.Tensor:
                     if self.scheduler.config.prediction_type == "sample":
                         sigma = sigma.clamp(min=SMALLEST_SIGMA)
                     timestep = sigma * self.scheduler.config.num_train_timesteps
-                    return self.scheduler.predict_velocity(estimate(x, timestep), x, timestep)  # noqa: B023
+                    prediction = predict(self.unet, x, timestep, lr, tile, guidance_scale)
+                    return self.scheduler.predict_velocity(prediction, x, timestep)
 
                 timesteps, self.num_evaluations = self.scheduler.timesteps, len(self.scheduler.timesteps)
                 if solver != "euler":
-                    sigmas_to = self.scheduler.sigmas[:-1] if fidelity > 0 else self.scheduler.sigmas
-                    timesteps = timesteps[-1:] if fidelity > 0 else timesteps[:0]  # the jump to the image
-                    x_t, evaluations = integrate(velocity, x_t, sigmas_to, solver, rtol, atol)
+                    jumps = (
+                        fidelity >= 1 / num_inference_steps
+                    )  # from sigma = fidelity to the image, by one Euler step
+                    grid = self.scheduler.sigmas[:-1] if jumps else self.scheduler.sigmas
+                    timesteps = timesteps[-1:] if jumps else timesteps[:0]
+                    x_t, evaluations = integrate(velocity, x_t, grid, solver, rtol, atol)
                     self.num_evaluations = evaluations + len(timesteps)
                 for step, timestep in enumerate(timesteps):
                     if self._interrupt:
                         break
-                    x_t = self.scheduler.step(estimate(x_t, timestep), timestep, x_t, return_dict=False)[0]
+                    prediction = predict(self.unet, x_t, timestep, lr, tile, guidance_scale)
+                    x_t = self.scheduler.step(prediction, timestep, x_t, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
                         x_t = callback_on_step_end(self, step, timestep, asked).pop("latents", x_t)
@@ -218,14 +193,9 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 x_t, lr = self.from_data_range(x_t), self.from_data_range(lr)
                 if consistency is not None:
                     x_t = make_consistent(x_t, lr, self.scale_factor, consistency)
-                answers = iter(x_t.split(num_images_per_prompt))
-                for picture in group:
-                    for number in range(len(picture.color)):
-                        single = picture_at(picture, number, num_images_per_prompt)
-                        images.extend(write_images(single, next(answers), output_type))
+                images += write_group(group, x_t, num_images_per_prompt, output_type)
 
-        if output_type != "pil" and len({image.shape for image in images}) == 1:
-            images = np.stack(images) if output_type == "np" else torch.stack(images)
+        images = stack_if_equal(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -15,19 +15,35 @@ def predict(
     timestep: torch.Tensor,
     lr: torch.Tensor,
     tile: int | None = None,
-    drop_condition: bool = False,
+    guidance_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The network at one state.
-
-    Where `unet.receptive_field` is a number, each tile sees that much around it, and the result is that of the whole
-    picture. Where it is `None` (normalisation over positions, attention), tiles overlap by a quarter and are blended:
-    close to the whole picture, but not the same.
+    """The network at one state, with classifier-free guidance on the LR (Ho and Salimans 2022, eq. 6, as 1 + w).
 
     Args:
         unet: called as `unet(x_t, timestep, lr)`; knows `config.scale_factor`, `size_multiple` and `receptive_field`.
         x_t (`torch.Tensor` of shape `(n, c, scale * h, scale * w)`), lr (`(n, 3, h, w)`).
         tile (`int`, *optional*): side of a tile in LR pixels; `None` for the whole picture at once.
-        drop_condition (`bool`): without the LR features, for guidance.
+    """
+    prediction = predict_in_tiles(unet, x_t, timestep, lr, tile, drop_condition=False)
+    if guidance_scale == 1:
+        return prediction
+    without = predict_in_tiles(unet, x_t, timestep, lr, tile, drop_condition=True)
+    return without + guidance_scale * (prediction - without)
+
+
+def predict_in_tiles(
+    unet: torch.nn.Module,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    lr: torch.Tensor,
+    tile: int | None,
+    drop_condition: bool,
+) -> torch.Tensor:
+    """The network at one state, with or without the LR features.
+
+    Where `unet.receptive_field` is a number, each tile sees that much around it, and the result is that of the whole
+    picture. Where it is `None` (normalisation over positions, attention), tiles overlap by a quarter and are blended:
+    close to the whole picture, but not the same.
     """
     scale = unet.config.scale_factor
     multiple = math.lcm(unet.size_multiple, scale) // scale  # LR pixels

@@ -1,0 +1,60 @@
+"""What no super-resolution pipeline of this library can do is refused here, before any work."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from .pictures import Picture
+
+
+def check_inputs(
+    pipe: DiffusionPipeline,
+    pictures: list[Picture],
+    num_inference_steps: int,
+    consistency: str | None,
+    guidance_scale: float,
+    num_images_per_prompt: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    tile: int | None,
+    output_type: str,
+    callback_on_step_end_tensor_inputs: list[str] | None,
+) -> None:
+    """Raises a ValueError that says what was found, what is wanted and the way out."""
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a whole number from 1, got {num_inference_steps!r}.")
+    if consistency not in ("exact", "soft", None):
+        raise ValueError(f"`consistency` must be 'exact', 'soft' or None, got {consistency!r}.")
+    if guidance_scale != 1 and not getattr(pipe.unet.config, "condition_dropout", 0):
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale}, but this network was trained without condition dropout; leave "
+            "it at 1, or train with `condition_dropout`."
+        )
+    if num_images_per_prompt < 1:
+        raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
+    if tile is not None and (not isinstance(tile, int) or tile < 1):
+        raise ValueError(f"`tile` must be a number of LR pixels from 1, or None, got {tile!r}.")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+    unknown = set(callback_on_step_end_tensor_inputs or []) - set(pipe._callback_tensor_inputs)
+    if unknown:
+        raise ValueError(
+            f"`callback_on_step_end_tensor_inputs` must be in {pipe._callback_tensor_inputs}, got {sorted(unknown)}."
+        )
+    count = sum(len(picture.color) for picture in pictures) * num_images_per_prompt
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` must hold one generator per output, got {len(generator)} for {count}.")
+    if latents is not None:
+        sizes = {tuple(side * pipe.scale_factor for side in picture.color.shape[-2:]) for picture in pictures}
+        wanted = [(count, pipe.unet.config.in_channels, *size) for size in sizes]
+        if [tuple(latents.shape)] != wanted:
+            raise ValueError(
+                f"`latents` must be the initial state of every output, of shape {wanted[0]}, got "
+                f"{tuple(latents.shape)}; pictures of different sizes cannot share one."
+            )
+    if pipe._execution_device.type == "cpu" and pipe.unet.dtype == torch.float16:
+        raise ValueError(
+            "float16 is thousands of times slower than float32 on a CPU; use pipe.to(torch.bfloat16) or "
+            "pipe.to(torch.float32)."
+        )
