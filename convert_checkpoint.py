@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{options.output} is not empty; name a new folder.")
         pipe = convert(options.checkpoint, ema=options.weights == "ema", scale=options.scale)
         pipe.save_pretrained(options.output)
-        print(f"{pipe.unet.num_parameters():,} parameters, x{pipe.scale_factor}, in {options.output}.")
+        size, predicts = pipe.unet.num_parameters(), pipe.scheduler.config.prediction_type
+        print(f"{type(pipe).__name__}, {size:,} parameters, x{pipe.scale_factor}, {predicts}, in {options.output}.")
         if options.push_to_hub:
             print(pipe.push_to_hub(options.push_to_hub))
     except (ValueError, OSError) as error:

@@ -5,10 +5,9 @@
     accelerate launch train_sr.py --config configs/x4.yaml --train_data_dir PHOTOS --resume_from_checkpoint latest
     accelerate launch train_sr.py --train_data_dir PHOTOS --pretrained_model_name_or_path OLD_FOLDER   # fine-tuning
 
-What is trained: crop number k of the run, its noise level and its noise are functions of (seed, k) alone. So a resumed
-run is the same as an uninterrupted one, and batch size, accumulation and processes only cut the same stream
-differently.
-The finished pipeline lands in `--output_dir`, with the settings, the log and pictures of the validation beside it.
+Crop number k of the run, its noise level and its noise are functions of (seed, k) alone. So a resumed run is the same
+as an uninterrupted one, and batch size, accumulation and processes only cut the same stream differently. The finished
+pipeline lands in `--output_dir`, with the settings, the log and pictures of the validation beside it.
 """
 
 from __future__ import annotations
@@ -318,7 +317,9 @@ def main(arguments: list[str]) -> None:
         progress.step += 1
         progress.images += crops_per_step
         bar.update()
-        if progress.step % settings.logging_steps == 0 or progress.step == settings.max_train_steps:
+        last = progress.step == settings.max_train_steps
+        saves = progress.step % settings.checkpointing_steps == 0 or last
+        if progress.step % settings.logging_steps == 0 or saves:  # no checkpoint without a look at the loss
             mean = accelerator.gather(torch.stack(losses).mean()).mean().item()
             if not math.isfinite(mean):
                 raise FloatingPointError(
@@ -337,10 +338,10 @@ def main(arguments: list[str]) -> None:
             accelerator.log({k: v for k, v in record.items() if k != "step"}, step=progress.step)
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.1f}")
             losses, since = [], time.perf_counter()
-        if progress.step % settings.validation_steps == 0 or progress.step == settings.max_train_steps:
+        if progress.step % settings.validation_steps == 0 or last:
             validate()
             since = time.perf_counter()
-        if progress.step % settings.checkpointing_steps == 0 or progress.step == settings.max_train_steps:
+        if saves:
             save_checkpoint(accelerator, output_dir, progress.step, settings.checkpoints_total_limit)
     bar.close()
 

@@ -88,13 +88,14 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
 
 
 def upscale(options: argparse.Namespace) -> int:
+    import PIL.Image
     import torch
     from tqdm import tqdm
 
     from flowsr.files import find_pictures, read_picture, save_picture
 
     inputs = find_pictures(options.input)
-    targets = plan_targets(inputs, Path(options.output), options.checkpoint)
+    targets = plan_targets(inputs, Path(options.output))
     pipe = load(options.checkpoint, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
     failures = []
@@ -113,7 +114,7 @@ def upscale(options: argparse.Namespace) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             save_picture(large, target)
             if options.compare:
-                bicubic = image.convert("RGB").resize(large.size, 3)
+                bicubic = image.convert("RGB").resize(large.size, PIL.Image.BICUBIC)
                 save_picture(side_by_side([bicubic, large.convert("RGB")]), compare_path(target))
         except ValueError as error:
             failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
@@ -123,7 +124,7 @@ def upscale(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def plan_targets(inputs: list[Path], output: Path, checkpoint: str) -> list[Path]:
+def plan_targets(inputs: list[Path], output: Path) -> list[Path]:
     """Where each result goes; refuses two results with one name and a result on top of an input."""
     from flowsr.files import PICTURE_SUFFIXES
 
@@ -135,10 +136,12 @@ def plan_targets(inputs: list[Path], output: Path, checkpoint: str) -> list[Path
         raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
     else:
         targets = [output / path.name for path in inputs]
-    for number, target in enumerate(targets):
-        if target in targets[:number]:
+    sources, planned = {path.resolve() for path in inputs}, set()
+    for target in targets:
+        if target in planned:
             raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
-        if any(target.exists() and target.samefile(path) for path in inputs):
+        planned.add(target)
+        if target.resolve() in sources:
             raise ValueError(f"{target} is an input and would be overwritten; choose another `-o`.")
     return targets
 
@@ -209,7 +212,7 @@ def demo(options: argparse.Namespace) -> int:
     import PIL.Image
     import torch
 
-    from flowsr.degradations import downscale
+    from flowsr.degradations import cut_to_multiple, downscale
     from flowsr.files import read_picture, save_picture
     from flowsr.metrics import psnr_y
 
@@ -217,9 +220,7 @@ def demo(options: argparse.Namespace) -> int:
     pipe.set_progress_bar_config(disable=True)
     scale = pipe.scale_factor
     photo = example_photo()
-    hr = np.asarray(read_picture(photo).convert("RGB"))
-    height, width = (side - side % scale for side in hr.shape[:2])
-    hr = hr[:height, :width]
+    hr = cut_to_multiple(np.asarray(read_picture(photo).convert("RGB")), scale)
     lr = PIL.Image.fromarray(downscale(hr, scale))
     start = time.perf_counter()
     sr = pipe(lr, num_inference_steps=options.steps, generator=torch.Generator().manual_seed(0)).images[0]

@@ -52,10 +52,8 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
-WEIGHTS = {
-    "ema": ("ema", "ema_state"),
-    "model": ("model", "model_state", "model_state_dict"),
-}  # keys in training states
+# Where the training states of the projects keep their weights.
+AVERAGED, RAW = ("ema", "ema_state"), ("model", "model_state", "model_state_dict")
 
 
 def state_of(checkpoint: dict, ema: bool) -> dict[str, torch.Tensor]:
@@ -64,7 +62,7 @@ def state_of(checkpoint: dict, ema: bool) -> dict[str, torch.Tensor]:
     Raises:
         ConversionError: if they are not there, saying which keys are.
     """
-    averaged, raw = ([key for key in keys if key in checkpoint] for keys in WEIGHTS.values())
+    averaged, raw = ([key for key in keys if key in checkpoint] for keys in (AVERAGED, RAW))
     if ema and raw and not averaged and raw != ["model_state_dict"]:  # that project keeps no average
         raise ConversionError(f"The checkpoint has no averaged weights, only {sorted(checkpoint)}; see `--weights`.")
     if not ema and averaged and not raw:
@@ -98,6 +96,14 @@ def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPi
         "(in_conv, down_blocks, mid1, mid_attn, mid2, up_blocks, out_conv), the DDPM project (init_conv, downs, "
         "bottleneck, ups, context_extractor, final_conv)."
     )
+
+
+def load_all(unet: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Loads weights of which none may be missing or left over."""
+    try:
+        unet.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ConversionError(f"The weights do not fit the network that their shapes suggest: {error}") from error
 
 
 # The flow-matching project: pictures in [0, 1], t from 0 (noise) to 1 (picture), velocity = picture - noise, the state
@@ -137,10 +143,7 @@ def convert_flow_matching(state: dict[str, torch.Tensor], scale: int) -> FlowMat
     renamed[first] = reverse_time(renamed[first])
     for name in ("conv_out.weight", "conv_out.bias"):  # d x / d sigma = - d x / d t
         renamed[name] = -renamed[name]
-    try:
-        unet.load_state_dict(renamed, strict=True)
-    except RuntimeError as error:
-        raise ConversionError(f"The weights do not fit the network that their shapes suggest: {error}") from error
+    load_all(unet, renamed)
     scheduler = FlowMatchSREulerScheduler(
         source="noise", source_noise_std=1.0, prediction_type="velocity", evaluate_at="middle"
     )
@@ -164,7 +167,7 @@ def flow_matching_name(key: str, levels: int) -> str:
     for pattern, name in swaps.items():
         key = re.sub(pattern, name, key)
     if found := re.match(r"down_blocks\.(\d+)\.(.*)", key):  # blocks, strided convolution, blocks, ...
-        level, rest = divmod(int(found[1]), 2)[0], found[2]
+        level, rest = int(found[1]) // 2, found[2]
         return f"downsamplers.{level}.{rest}" if int(found[1]) % 2 else f"down_stages.{level}.resnets.{rest}"
     if found := re.match(r"up_blocks\.(\d+)\.(.*)", key):  # deepest first: blocks, nearest, convolution, ...
         level, rest = levels - 1 - int(found[1]) // 3, found[2]
@@ -189,9 +192,7 @@ def reverse_time(weight: torch.Tensor) -> torch.Tensor:
 def prediction_type(path: str | Path) -> str:
     """What the network predicts, which the project writes into the file name."""
     name = Path(path).name
-    if "v_prediction" in name or "noise" not in name:
-        return "v_prediction"  # the project's default
-    return "epsilon"
+    return "epsilon" if "noise" in name and "v_prediction" not in name else "v_prediction"  # its default
 
 
 def convert_diffusion(state: dict[str, torch.Tensor], scale: int, prediction: str) -> DDPMSRPipeline:
@@ -213,10 +214,7 @@ def convert_diffusion(state: dict[str, torch.Tensor], scale: int, prediction: st
                 renamed[f"{attention}.to_{letter}.{kind}"] = part
         else:
             renamed[name] = value
-    try:
-        unet.load_state_dict(renamed, strict=True)
-    except RuntimeError as error:
-        raise ConversionError(f"The weights do not fit the network that their shapes suggest: {error}") from error
+    load_all(unet, renamed)
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type=prediction,

@@ -1,14 +1,15 @@
-"""Training pictures through HF datasets, and the endless stream of aligned (hr, lr) crops made from them."""
+"""Training pictures through HF datasets, and the stream of aligned (hr, lr) crops made from them."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from flowsr.degradations import downscale
+from flowsr.degradations import cut_to_multiple, downscale
 
 
 def load_images(train_data_dir: list[str] | None, dataset_name: str | None):
@@ -47,9 +48,8 @@ class CropDataset(Dataset):
     """The training stream: crop number `index` is a function of (seed, index) alone.
 
     Each pass over the pictures is a new permutation; each visit takes one random crop, flipped and turned by one of
-    the
-    eight symmetries of the square. The LR comes from the whole picture, so crops have no edges of their own. A stream
-    that begins at `start` continues one that ended there, to the bit.
+    the eight symmetries of the square. The LR comes from the whole picture, so crops have no edges of their own. A
+    stream that begins at `start` continues one that ended there, to the bit.
 
     Args:
         images (`datasets.Dataset`): pictures in the column `image`.
@@ -71,7 +71,7 @@ class CropDataset(Dataset):
     def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
         index = self.start + offset
         epoch, position = divmod(index, len(self.images))
-        picture = int(np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.images))[position])
+        picture = int(order_of_pictures(self.seed, epoch, len(self.images))[position])
         hr, lr = self.pair(picture)
         random = np.random.default_rng([self.seed, 1, index])
         side = self.resolution // self.scale
@@ -91,15 +91,19 @@ class CropDataset(Dataset):
         """A picture, cut to a multiple of the scale, and its LR; uint8 of shape `(h, w, 3)`."""
         if picture in self.cache:
             return self.cache[picture]
-        hr = np.asarray(self.images[picture]["image"].convert("RGB"))
-        height, width = (side - side % self.scale for side in hr.shape[:2])
-        hr = hr[:height, :width]
+        hr = cut_to_multiple(np.asarray(self.images[picture]["image"].convert("RGB")), self.scale)
         pair = hr, downscale(hr, self.scale)
         size = sum(array.nbytes for array in pair)
         if size <= self.cache_left:
             self.cache_left -= size
             self.cache[picture] = pair
         return pair
+
+
+@lru_cache(maxsize=2)
+def order_of_pictures(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The permutation in which a pass visits the pictures; kept, as every crop of the pass asks for it."""
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def turn(image: np.ndarray, symmetry: int) -> np.ndarray:

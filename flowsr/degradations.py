@@ -41,6 +41,12 @@ def bicubic_matrix(size: int, scale: int) -> np.ndarray:
     return matrix
 
 
+def cut_to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
+    """The picture without the last rows and columns that make no whole LR pixel: `(h, w[, c])`."""
+    height, width = (side - side % scale for side in image.shape[:2])
+    return image[:height, :width]
+
+
 def round_to_uint8(image: np.ndarray) -> np.ndarray:
     """Nearest of 0..255, halves upward, as MATLAB's `uint8`."""
     return np.clip(np.floor(image + 0.5), 0, 255).astype(np.uint8)

@@ -10,8 +10,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from flowsr.degradations import downscale
-from flowsr.files import PICTURE_SUFFIXES, read_picture
+from flowsr.degradations import cut_to_multiple, downscale
+from flowsr.files import PICTURE_SUFFIXES, find_pictures, read_picture
 from flowsr.metrics import load_lpips, lr_psnr, psnr_y, ssim_y
 
 
@@ -32,32 +32,25 @@ def load_pairs(hr_dir: str, lr_dir: str | None, scale: int) -> list[Pair]:
     Raises:
         ValueError: for a missing or empty folder, a missing LR picture, or sizes that do not fit the scale.
     """
-    folders = [Path(folder) for folder in (hr_dir, lr_dir) if folder is not None]
-    for folder in folders:
-        if not folder.is_dir():
+    for folder in (hr_dir, lr_dir):
+        if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"There is no folder {folder}.")
-    paths = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"No pictures in {folders[0]} (looked for {', '.join(sorted(PICTURE_SUFFIXES))}).")
+    lr_paths = list(Path(lr_dir).iterdir()) if lr_dir is not None else []
     pairs = []
-    for path in paths:
-        hr = np.asarray(read_picture(path).convert("RGB"))
-        height, width = (side - side % scale for side in hr.shape[:2])
-        hr = hr[:height, :width]
+    for path in find_pictures([hr_dir]):
+        hr = cut_to_multiple(np.asarray(read_picture(path).convert("RGB")), scale)
         if lr_dir is None:
             pairs.append(Pair(path.name, hr, downscale(hr, scale)))
             continue
         names = (path.stem, f"{path.stem}x{scale}")
-        found = [p for p in folders[1].iterdir() if p.stem in names and p.suffix.lower() in PICTURE_SUFFIXES]
+        found = [p for p in lr_paths if p.stem in names and p.suffix.lower() in PICTURE_SUFFIXES]
         if len(found) != 1:
-            raise ValueError(
-                f"{folders[1]} must hold one LR picture for {path.name}, found {[p.name for p in found]}."
-            )
+            raise ValueError(f"{lr_dir} must hold one LR picture for {path.name}, found {[p.name for p in found]}.")
         lr = np.asarray(read_picture(found[0]).convert("RGB"))
         if (lr.shape[0] * scale, lr.shape[1] * scale) != hr.shape[:2]:
             raise ValueError(
-                f"{found[0].name} is {lr.shape[1]}x{lr.shape[0]}; at x{scale} it must be {width // scale}x"
-                f"{height // scale} for {path.name} of {width}x{height}. Is the scale right?"
+                f"{found[0].name} is {lr.shape[1]}x{lr.shape[0]}; at x{scale} it must be {hr.shape[1] // scale}x"
+                f"{hr.shape[0] // scale} for {path.name} of {hr.shape[1]}x{hr.shape[0]}. Is the scale right?"
             )
         pairs.append(Pair(path.name, hr, lr))
     return pairs

@@ -98,6 +98,8 @@ def save_picture(image: PIL.Image.Image, path: str | Path) -> None:
         os.chmod(partial, 0o666 & ~current_umask())
         os.replace(partial, path)
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # of the system: a full disk, not the picture
+            raise
         raise ValueError(f"{path}: {format} cannot hold this picture of mode {image.mode} ({error}).") from error
     finally:
         if os.path.exists(partial):

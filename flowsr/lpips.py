@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-FIRES = {
+FIRES = {  # layer: channels in, squeezed, each expansion
     3: (64, 16, 64),
     4: (128, 16, 64),
     6: (128, 32, 128),
@@ -16,8 +16,7 @@ FIRES = {
     10: (384, 48, 192),
     11: (384, 64, 256),
     12: (512, 64, 256),
-}  # layer: channels in, squeezed, each expansion
-# fmt: skip
+}
 TAPS = (1, 4, 7, 9, 10, 11, 12)  # layers whose output is compared
 
 
