@@ -1,42 +1,132 @@
-"""What the network is trained on: at which noise levels, and by which distance."""
+"""What the network is trained on: at which times, by which distance, with which further terms."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 SILVER_RATIO = 2**0.5 - 1
 
+
+# Distances of prediction and target, `(batch, c, h, w)` twice -> scalar mean.
+
+
+def charbonnier(prediction: torch.Tensor, target: torch.Tensor, epsilon: float = 1e-3) -> torch.Tensor:
+    """Mean of sqrt(error^2 + epsilon^2), a smooth L1 (Charbonnier et al. 1994)."""
+    return torch.sqrt((prediction - target).square() + epsilon**2).mean()
+
+
+def huber(prediction: torch.Tensor, target: torch.Tensor, delta: float = 0.1) -> torch.Tensor:
+    """Mean of error^2 / 2 up to |error| = delta, linear beyond (Huber 1964); delta in units of the velocity."""
+    return F.huber_loss(prediction, target, delta=delta)
+
+
 LOSSES = {
     "l1": F.l1_loss,  # posterior median: the vivid end of the dial then improves with every step
     "mse": F.mse_loss,  # posterior mean: Lipman et al. 2023, eq. 14
+    "charbonnier": charbonnier,
+    "huber": huber,
 }
 
 
-def sigmas_for(index: torch.Tensor, seed: int, atom: float, low: float = 0.02) -> torch.Tensor:
-    """The noise level at which each training crop is seen.
+# Further terms, on the image estimate.
 
-    With probability `atom` sigma is 1, where the network alone makes the one-step answer; else it is uniform in
-    (low, 1). The uniform numbers behind it are the Kronecker sequence frac(u + index * golden ratio), so that any run
-    of consecutive crops is spread evenly, however it is cut into batches, accumulation steps and processes.
+
+def perceptual_loss(lpips: nn.Module, estimate: torch.Tensor, hr: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Mean of (1 - sigma) * LPIPS(estimate, hr): nothing at sigma = 1, whose answer is to stay the posterior mean.
+
+    LPIPS of the image estimate as part of a flow's loss is Lee, Lin and Fanti 2024 (Improving the Training of
+    Rectified Flows), section 4.2. The factor 1 - sigma keeps the ratio of its gradient to that of the velocity about
+    constant over sigma.
+
+    Args:
+        lpips: distance of two batches in [-1, 1], `(n, 3, H, W)` twice -> `(n,)`.
+        estimate, hr (`torch.Tensor` of shape `(batch, 3, H, W)`, image range [-1, 1]).
+        sigma (`torch.Tensor` of shape `(batch,)`, in (0, 1]).
+    """
+    inside = sigma < 1
+    if not inside.any():
+        return estimate.new_zeros(())
+    distances = lpips(estimate[inside].float(), hr[inside].float())
+    return ((1 - sigma[inside]) * distances).sum() / len(sigma)
+
+
+def colour_loss(estimate: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+    """Mean square by which the low frequencies of the estimate leave the LR: a regulariser against tint.
+
+    Args:
+        estimate (`torch.Tensor` of shape `(batch, c, H, W)`), lr (`(batch, c, h, w)`): in the same range; the estimate
+            is brought to the grid of the LR by antialiased bicubic downscaling, as the LR was made.
+    """
+    small = F.interpolate(estimate.float(), size=lr.shape[-2:], mode="bicubic", antialias=True)
+    return F.mse_loss(small, lr.float())
+
+
+# Times. Crop number k of a run has its own, whatever the batches, accumulation steps and processes.
+
+
+def uniforms(index: torch.Tensor, seed: int, law: str) -> torch.Tensor:
+    """A number in [0, 1) for each crop; float64 `(batch,)` on the CPU.
+
+    "stratified" (and "logit_normal", which bends it later) is the Kronecker sequence frac(u + index * golden ratio):
+    any run of consecutive crops is spread evenly, so that the loss of a batch varies less. "uniform" draws
+    independently.
+    """
+    if law == "uniform":
+        draws = [torch.rand((), generator=g, dtype=torch.float64) for g in generators_for(index.cpu(), seed + 1)]
+        return torch.stack(draws)
+    return kronecker(index, seed, GOLDEN_RATIO)
+
+
+def logit_normal_quantile(u: torch.Tensor) -> torch.Tensor:
+    """Quantile function of the logit-normal law: 1 / (1 + exp(-n)), n standard normal (Esser et al. 2024, section 3.1)."""
+    return torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+
+LAWS = ("stratified", "uniform", "logit_normal")
+
+
+def sigmas_for(
+    index: torch.Tensor, seed: int, atom: float, low: float = 0.02, law: str = "stratified"
+) -> torch.Tensor:
+    """The noise level at which each training crop of a flow is seen.
+
+    With probability `atom` sigma is 1, where the network alone makes the one-step answer; else it follows the law
+    over (low, 1).
 
     Args:
         index (`torch.LongTensor` of shape `(batch,)`): running number of each crop since the start of training.
         seed (`int`): start of the sequence.
         atom (`float` in [0, 1]): share of crops at sigma = 1.
         low (`float` in (0, 1)): smallest sigma; the velocity of a predicted image divides by it.
+        law ("stratified", "uniform", "logit_normal"): see [`uniforms`] and [`logit_normal_quantile`].
 
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32, in (low, 1].
     """
-    u = kronecker(index, seed, GOLDEN_RATIO)
-    spread = 1 - (1 - low) * (u - atom) / max(1 - atom, 1e-12)
+    u = uniforms(index, seed, law)
+    rest = ((u - atom) / max(1 - atom, 1e-12)).clamp(0, 1)
+    if law == "logit_normal":
+        rest = logit_normal_quantile(rest)
+    spread = 1 - (1 - low) * rest
     return torch.where(u < atom, torch.ones_like(u), spread).float().to(index.device)
 
 
+def timesteps_for(index: torch.Tensor, seed: int, count: int, law: str = "stratified") -> torch.Tensor:
+    """The timestep at which each training crop of a diffusion is seen: `(batch,)`, int64, in 0..count - 1."""
+    u = uniforms(index, seed, law)
+    if law == "logit_normal":
+        u = logit_normal_quantile(u)
+    return (u * count).long().clamp(max=count - 1).to(index.device)
+
+
+# Chance.
+
+
 def condition_dropped(index: torch.Tensor, seed: int, share: float) -> torch.Tensor:
-    """Which crops are trained without their LR features, for classifier-free guidance: `(batch,)`, bool."""
+    """Which crops are trained without their condition, for classifier-free guidance: `(batch,)`, bool."""
     return (kronecker(index, seed, SILVER_RATIO) < share).to(index.device)
 
 

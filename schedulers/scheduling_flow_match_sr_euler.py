@@ -152,6 +152,15 @@ class FlowMatchSREulerScheduler(SchedulerMixin, ConfigMixin):
         a, b, a_rate, b_rate = self._coefficients(timesteps, sample)
         return a_rate * model_output + b_rate * (sample - a * model_output) / b
 
+    def predict_sample(
+        self, model_output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor | float
+    ) -> torch.Tensor:
+        """The image estimate that a network output at state `sample` means, whatever the network predicts."""
+        if self.config.prediction_type == "sample":
+            return model_output
+        a, b, a_rate, b_rate = self._coefficients(timesteps, sample)
+        return (b_rate * sample - b * model_output) / (a * b_rate - b * a_rate)
+
     # Inference.
 
     def set_timesteps(

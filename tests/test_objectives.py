@@ -1,0 +1,125 @@
+"""Distances, further terms, and the laws of times and noise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flowsr.degradations import downscale
+from flowsr.objectives import (
+    LOSSES,
+    charbonnier,
+    colour_loss,
+    condition_dropped,
+    generators_for,
+    huber,
+    logit_normal_quantile,
+    perceptual_loss,
+    sigmas_for,
+    timesteps_for,
+)
+
+
+def test_distances_have_their_closed_forms():
+    target = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
+    for error in (0.0, 0.03, 0.5, -2.0):
+        expected = {
+            "l1": abs(error),
+            "mse": error**2,
+            "charbonnier": math.hypot(error, 1e-3),
+            "huber": error**2 / 2 if abs(error) <= 0.1 else 0.1 * (abs(error) - 0.05),
+        }
+        for name, distance in LOSSES.items():
+            assert abs(float(distance(target + error, target)) - expected[name]) < 1e-12
+
+
+@pytest.mark.parametrize("distance", [charbonnier, huber])
+def test_smooth_distances_have_the_gradient_of_l1_far_away_and_are_flat_at_zero(distance):
+    x = torch.tensor([0.0, 5.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(distance(x, torch.zeros_like(x)) * 2, x)
+    assert gradient[0] == 0
+    slope = {charbonnier: 1.0, huber: 0.1}[distance]
+    assert abs(float(gradient[1]) - slope) < 1e-6
+
+
+def test_colour_loss_sees_tint_and_not_texture():
+    generator = torch.Generator().manual_seed(0)
+    hr = torch.rand(2, 3, 64, 64, generator=generator)
+    lr = F.interpolate(hr, size=16, mode="bicubic", antialias=True)
+    tint = torch.tensor([0.1, 0.0, -0.05])[:, None, None]
+    assert float(colour_loss(hr, lr)) < 1e-12
+    assert abs(float(colour_loss(hr + tint, lr)) - float(tint.square().mean())) < 1e-6
+    checkers = 0.1 * (-1.0) ** (torch.arange(64)[:, None] + torch.arange(64))
+    assert float(colour_loss(hr + checkers, lr)) < 1e-5
+    # Its downscaling is that of the data: MATLAB's, up to rounding, away from the edges.
+    levels = (hr[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    ours = F.interpolate(
+        torch.from_numpy(levels.transpose(2, 0, 1)[None]).float(), size=16, mode="bicubic", antialias=True
+    )
+    theirs = downscale(levels, 4, rounded=False).transpose(2, 0, 1)
+    assert np.abs(ours[0].numpy() - theirs)[:, 3:-3, 3:-3].max() < 0.01
+
+
+def test_perceptual_loss_weighs_each_crop_by_one_minus_sigma():
+    hr = torch.zeros(4, 3, 8, 8)
+    estimate = torch.stack([torch.full((3, 8, 8), value) for value in (1.0, 2.0, 3.0, 4.0)])
+    distance = lambda a, b: (a - b).abs().mean((1, 2, 3))  # noqa: E731
+    sigma = torch.tensor([1.0, 0.75, 0.5, 1.0])
+    assert abs(float(perceptual_loss(distance, estimate, hr, sigma)) - (0.25 * 2 + 0.5 * 3) / 4) < 1e-6
+    assert float(perceptual_loss(distance, estimate, hr, torch.ones(4))) == 0
+
+
+@pytest.mark.parametrize("law", ["stratified", "uniform"])
+def test_noise_levels_follow_their_law(law):
+    index = torch.arange(5000, 9000)
+    sigmas = sigmas_for(index, seed=1, atom=0.4, law=law)
+    tolerance = {"stratified": 0.002, "uniform": 0.03}[law]
+    assert sigmas.dtype == torch.float32
+    assert abs(float((sigmas == 1).float().mean()) - 0.4) < tolerance
+    spread = sigmas[sigmas < 1].double()
+    assert 0.02 <= spread.min()
+    quantiles = torch.quantile(spread, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    np.testing.assert_allclose(quantiles, 0.02 + 0.98 * np.array([0.25, 0.5, 0.75]), atol=5 * tolerance)
+    assert torch.equal(sigmas[10:20], sigmas_for(index[10:20], 1, 0.4, law=law))
+
+
+def test_stratified_levels_are_spread_in_every_run_of_crops():
+    sigmas = sigmas_for(torch.arange(1000), seed=1, atom=0.4)
+    for start in range(0, 1000, 8):  # any eight neighbours hold 2 to 4 at sigma = 1
+        assert 2 <= int((sigmas[start : start + 8] == 1).sum()) <= 4
+
+
+def test_logit_normal_levels_are_the_sigmoid_of_a_normal():
+    sigmas = sigmas_for(torch.arange(20000), seed=0, atom=0.0, low=1e-6, law="logit_normal").double()
+    normal = torch.logit(sigmas.clamp(1e-6, 1 - 1e-6))
+    assert abs(float(normal.mean())) < 0.01
+    assert abs(float(normal.std()) - 1) < 0.01
+    within = float((normal.abs() < 1).double().mean())
+    assert abs(within - math.erf(1 / math.sqrt(2))) < 0.01
+    assert float(logit_normal_quantile(torch.tensor(0.5, dtype=torch.float64))) == 0.5
+
+
+def test_timesteps_cover_their_range_evenly():
+    counts = torch.bincount(timesteps_for(torch.arange(10000), seed=3, count=10), minlength=10)
+    assert counts.shape == (10,)
+    assert (counts - 1000).abs().max() <= 3
+    several = timesteps_for(torch.arange(1000), 3, 1000, "logit_normal")
+    assert several.dtype == torch.int64
+    assert 0 <= several.min()
+    assert several.max() < 1000
+
+
+def test_dropped_conditions_have_their_share_independent_of_the_noise_level():
+    index = torch.arange(20000)
+    dropped = condition_dropped(index, 0, 0.1)
+    assert abs(float(dropped.float().mean()) - 0.1) < 0.002
+    atom = sigmas_for(index, 0, 0.4) == 1
+    assert abs(float(dropped[atom].float().mean()) - 0.1) < 0.01
+
+
+def test_noise_of_a_crop_does_not_depend_on_its_batch():
+    draw = lambda index: [torch.rand(3, generator=g) for g in generators_for(torch.tensor(index), 5)]  # noqa: E731
+    assert torch.equal(draw([4, 9])[1], draw([9])[0])
+    assert not torch.equal(draw([4])[0], draw([9])[0])
