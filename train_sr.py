@@ -1,13 +1,14 @@
-"""Trains a flow-matching super-resolution pipeline, on one CPU as on a cluster.
+"""Trains a pipeline of flowsr, on one CPU as on a cluster.
 
-    accelerate launch train_sr.py --train_data_dir PHOTOS                          # the x4 network of configs/x4.yaml
-    accelerate launch train_sr.py --config configs/tiny.yaml --train_data_dir PHOTOS   # a first try, in seconds
-    accelerate launch train_sr.py --config configs/x4.yaml --train_data_dir PHOTOS --resume_from_checkpoint latest
-    accelerate launch train_sr.py --train_data_dir PHOTOS --pretrained_model_name_or_path OLD_FOLDER   # fine-tuning
+    accelerate launch train_sr.py --train_data_dir PHOTOS                        # the x4 network of configs/x4.yaml
+    accelerate launch train_sr.py --dataset_name DIV2K                           # on the 800 pictures of DIV2K
+    accelerate launch train_sr.py --config configs/tiny.yaml --train_data_dir PHOTOS     # a first try, in seconds
+    accelerate launch train_sr.py --train_data_dir PHOTOS --resume_from_checkpoint latest     # after any interruption
+    accelerate launch train_sr.py --train_data_dir PHOTOS --pretrained_model_name_or_path OLD     # fine-tuning
 
-Crop number k of the run, its noise level and its noise are functions of (seed, k) alone. So a resumed run is the same
-as an uninterrupted one, and batch size, accumulation and processes only cut the same stream differently. The finished
-pipeline lands in `--output_dir`, with the settings, the log and pictures of the validation beside it.
+Crop number k of the run, its time and its noise are functions of (seed, k) alone. So a resumed run is the same as an
+uninterrupted one, and batch size, accumulation and processes only cut the same stream differently. The finished
+pipeline lands in `--output_dir`, with the settings, the metrics and pictures of the validation beside it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import yaml
@@ -36,12 +37,25 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 import flowsr
-from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
-from flowsr.data import CropDataset, load_images, smaller_than
-from flowsr.metrics import psnr_y
-from flowsr.objectives import LOSSES, condition_dropped, generators_for, sigmas_for
+from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel, checkpoints
+from flowsr.data import CropDataset, Cropping, CropStream, load_images, smaller_than
+from flowsr.degradations import CHAINS, degrade
+from flowsr.lpips import SqueezeLPIPS
+from flowsr.metrics import load_lpips
+from flowsr.objectives import (
+    LAWS,
+    LOSSES,
+    colour_loss,
+    condition_dropped,
+    generators_for,
+    perceptual_loss,
+    sigmas_for,
+    timesteps_for,
+)
+from flowsr.validation import coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
+STOPPED = 128 + signal.SIGTERM  # exit status after a signal, as shells have it
 
 
 @dataclass
@@ -50,26 +64,48 @@ class Settings:
 
     # Data.
     train_data_dir: list[str] = field(default_factory=list, metadata={"help": "folders (or zips) of pictures"})
-    dataset_name: str | None = field(default=None, metadata={"help": "or: a data set on the Hub, column `image`"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "or: DIV2K, the URL of a zip, or a data set on the Hub, column `image`"}
+    )
+    streaming: bool = field(default=False, metadata={"help": "read the data from start to end, storing nothing"})
+    small_images: str = field(default="refuse", metadata={"help": "smaller than a crop: refuse or skip"})
     resolution: int = field(default=192, metadata={"help": "side of a training crop, HR pixels"})
-    cache_gib: float = field(default=4.0, metadata={"help": "decoded pictures kept in memory per loader, GiB"})
+    resize_to: int | None = field(default=None, metadata={"help": "resize shorter sides to so many pixels first"})
+    center_crop: bool = field(default=False, metadata={"help": "the middle of each picture, not a random place"})
+    augmentation: str = field(default="turns", metadata={"help": "turns (8 symmetries), flip or none"})
+    degradation: str = field(default="bicubic", metadata={"help": f"bicubic, {' or '.join(CHAINS)}"})
+    overfit: bool = field(default=False, metadata={"help": "the first batch, over and over: can it be learned?"})
+    cache_gib: float = field(default=8.0, metadata={"help": "decoded pictures kept in memory per loader, GiB"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "loader processes; 0 suits cached pictures"})
 
-    # Network and flow; JSON on the command line, a mapping in the file.
-    unet: str = field(default="{}", metadata={"help": "UNetSRModel config"})
-    scheduler: str = field(default="{}", metadata={"help": "FlowMatchSREulerScheduler config"})
+    # What is trained; JSON on the command line, a mapping in the file, `_class_name` as in diffusers' configs.
+    pipeline: str = field(default="{}", metadata={"help": "config of the pipeline, FlowMatchSRPipeline by default"})
+    unet: str = field(default="{}", metadata={"help": "config of the network, UNetSRModel by default"})
+    scheduler: str = field(default="{}", metadata={"help": "config of the scheduler of flowsr or of diffusers"})
     pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "start from the weights of this pipeline (its config replaces both above)"}
+        default=None, metadata={"help": "start from this pipeline (its config replaces the three above)"}
     )
+    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank only (PEFT), merged at the end"})
 
     # Objective.
-    loss: str = field(default="l1", metadata={"help": f"distance of velocities: {' or '.join(LOSSES)}"})
-    sigma_atom: float = field(default=0.4, metadata={"help": "share of crops at sigma = 1, where one step decides"})
+    loss: str = field(default="l1", metadata={"help": f"distance of predictions: {', '.join(LOSSES)}"})
+    colour_weight: float = field(default=0.0, metadata={"help": "of the LR's colours in the image estimate; 0: none"})
+    perceptual_weight: float = field(
+        default=0.0, metadata={"help": "of (1 - sigma) LPIPS of the image estimate; 0: none"}
+    )
+    lpips_weights: str | None = field(
+        default=None,
+        metadata={"help": "safetensors of LPIPS v0.1 with SqueezeNet: for `perceptual_weight`, and for validation"},
+    )
+    timestep_law: str = field(default="stratified", metadata={"help": f"of the times: {', '.join(LAWS)}"})
+    sigma_atom: float = field(default=0.4, metadata={"help": "share of a flow's crops at sigma = 1, the one step"})
 
     # Optimisation. Steps are optimiser steps.
-    max_train_steps: int = field(default=20000, metadata={"help": "optimiser steps"})
+    max_train_steps: int = field(default=20000, metadata={"help": "optimiser steps at most"})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "passes over the pictures at most"})
     train_batch_size: int = field(default=8, metadata={"help": "crops per process and micro-batch"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches per optimiser step"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or adamw_8bit (bitsandbytes)"})
     learning_rate: float = field(default=8e-4, metadata={"help": "peak, after the warm-up"})
     lr_scheduler: str = field(default="cosine", metadata={"help": "any name of diffusers.optimization"})
     lr_warmup_steps: int = field(default=300, metadata={"help": "optimiser steps"})
@@ -80,20 +116,24 @@ class Settings:
     ema_decay: float = field(default=0.999, metadata={"help": "of the weights, per optimiser step"})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 (also on a CPU) or fp16 (GPU only)"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
-    seed: int = field(default=0, metadata={"help": "of weights, crops, noise levels and noise"})
+    seed: int = field(default=0, metadata={"help": "of weights, crops, times and noise"})
 
     # Output.
     output_dir: str = field(default="runs/x4", metadata={"help": "where everything is written"})
     checkpointing_steps: int = field(default=1000, metadata={"help": "optimiser steps between checkpoints"})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints kept"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints kept, beside the best pipeline"})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder, or latest"})
     validation_steps: int = field(default=1000, metadata={"help": "optimiser steps between validations"})
+    validation_inference_steps: list[int] = field(
+        default_factory=lambda: [1, 4], metadata={"help": "steps of the pipeline; the first decides what is best"}
+    )
     num_validation_images: int = field(default=4, metadata={"help": "pictures held out of the training data"})
-    logging_steps: int = field(default=50, metadata={"help": "optimiser steps between lines of log.jsonl"})
+    logging_steps: int = field(default=50, metadata={"help": "optimiser steps between lines of metrics.jsonl"})
     report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "USER/NAME that the finished pipeline goes to"})
 
     def __post_init__(self):
-        for name in ("unet", "scheduler"):
+        for name in ("pipeline", "unet", "scheduler"):
             value = getattr(self, name)
             try:
                 value = json.loads(value) if isinstance(value, str) else value
@@ -107,16 +147,33 @@ class Settings:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.loss not in LOSSES:
-            raise ValueError(f"`loss` must be one of {list(LOSSES)}, got {self.loss!r}.")
+        for name in ("colour_weight", "perceptual_weight", "lora_rank", "cache_gib", "num_validation_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        choices = {
+            "loss": LOSSES,
+            "timestep_law": LAWS,
+            "degradation": ("bicubic", *CHAINS),
+            "augmentation": ("turns", "flip", "none"),
+            "small_images": ("refuse", "skip"),
+            "optimizer": ("adamw", "adamw_8bit"),
+            "mixed_precision": ("no", "bf16", "fp16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
         if not 0 <= self.sigma_atom <= 1:
             raise ValueError(f"`sigma_atom` must lie in [0, 1], got {self.sigma_atom}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
+            raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU use bf16.")
+        if self.perceptual_weight and not self.lpips_weights:
+            raise ValueError("`perceptual_weight` needs `lpips_weights`, a safetensors file; or set it to 0.")
+        if self.lpips_weights and not Path(self.lpips_weights).is_file():
+            raise ValueError(f"`lpips_weights`: there is no file {self.lpips_weights}.")
 
 
 class Progress:
@@ -125,6 +182,7 @@ class Progress:
     def __init__(self):
         self.step = 0  # optimiser steps done
         self.images = 0  # crops seen, over all processes
+        self.best = -math.inf  # of the validations, as `validation_inference_steps` has it
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -152,9 +210,10 @@ def parse_settings(arguments: list[str]) -> Settings:
 def main(arguments: list[str]) -> None:
     settings = parse_settings(arguments)
     output_dir = Path(settings.output_dir)
+    torch.set_flush_denormal(True)  # before the threads start: SiLU's far tails make convolutions ten times slower
 
     # Accelerate, seed, and a look at the checkpoint to go on from.
-    checkpoint = find_checkpoint(settings.resume_from_checkpoint, output_dir)
+    checkpoint = checkpoints.find(settings.resume_from_checkpoint, output_dir)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -163,60 +222,51 @@ def main(arguments: list[str]) -> None:
     )
     set_seed(settings.seed)
 
-    # Network and scheduler.
-    if settings.pretrained_model_name_or_path:
-        pipe = FlowMatchSRPipeline.from_pretrained(settings.pretrained_model_name_or_path)
-        unet, scheduler = pipe.unet.train(), pipe.scheduler
-    else:
-        unet = build(UNetSRModel, settings.unet, "unet")
-        scheduler = build(FlowMatchSREulerScheduler, settings.scheduler, "scheduler")
-    config = unet.config
-    scale = config.scale_factor
-    if config.lr_channels != 3 or scheduler.config.source == "prior":
-        raise ValueError(
-            "train_sr.py trains x4-like networks from LR pictures: `lr_channels: 3`, `source: lr` or noise."
-        )
+    # Pipeline, network and scheduler.
+    pipe = make_pipeline(settings)
+    unet, scheduler = pipe.unet.train(), pipe.scheduler
+    is_flow = isinstance(scheduler, FlowMatchSREulerScheduler)
+    upscales = unet.config.lr_channels is not None
+    scale = pipe.scale_factor if upscales else 1
+    check_objective(settings, pipe, is_flow, upscales)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if settings.lora_rank:
+        add_adapters(unet, settings.lora_rank)
     unet.to(accelerator.device, memory_format=torch.channels_last)
-    ema = EMAModel(unet.parameters(), decay=settings.ema_decay)
+    ema = EMAModel(trainable(unet), decay=settings.ema_decay)
     ema.to(accelerator.device)
 
-    # Data: the last pictures of a shuffle are held out.
+    # Data: the last pictures of a shuffle (the first of a stream) are held out.
     step_of_sizes = math.lcm(unet.size_multiple, scale)
     if settings.resolution % step_of_sizes:
         raise ValueError(f"`resolution` must be a multiple of {step_of_sizes} here, got {settings.resolution}.")
+    cropping = Cropping(
+        settings.resolution, scale, settings.seed, unet.config.out_channels, settings.degradation,
+        settings.augmentation, settings.center_crop, settings.resize_to,
+    )  # fmt: skip
+    classes = getattr(unet.config, "num_class_embeds", None)
     with accelerator.main_process_first():
-        images = load_images(settings.train_data_dir, settings.dataset_name)
-    small = smaller_than(images, settings.resolution)
-    if small:
+        images = load_images(settings.train_data_dir, settings.dataset_name, classes is not None, settings.streaming)
+    if classes is not None and images.features["label"].num_classes != classes:
         raise ValueError(
-            f"{len(small)} of {len(images)} pictures are smaller than a crop of {settings.resolution}: "
-            f"{', '.join(small[:5])}{' ...' if len(small) > 5 else ''}. Remove them or lower `resolution`."
+            f"`num_class_embeds` is {classes}, but the data has the classes {images.features['label'].names[:20]}."
         )
-    if len(images) <= settings.num_validation_images:
-        raise ValueError(
-            f"{len(images)} pictures, of which `num_validation_images` holds out {settings.num_validation_images}: "
-            "none is left to train on."
-        )
-    images = images.shuffle(seed=settings.seed)
-    kept = len(images) - settings.num_validation_images
-    held_out = images.select(range(kept, len(images))) if settings.num_validation_images else []
-    images = images.select(range(kept))
+    images, held_out = hold_out(images, settings, accelerator)
 
     # Optimiser and its schedule, in optimiser steps whatever the number of processes.
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=1e-10,  # gradients of a mean over small residuals are small
-    )
+    crops_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = settings.max_train_steps
+    if settings.num_train_epochs is not None:
+        if settings.streaming:
+            raise ValueError("The length of a stream is not known: give `max_train_steps`, not `num_train_epochs`.")
+        total_steps = min(total_steps, math.ceil(settings.num_train_epochs * len(images) / crops_per_step))
+    optimizer = make_optimizer(settings, trainable(unet))
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer,
         num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
+        num_training_steps=total_steps,
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     progress = Progress()
@@ -226,21 +276,21 @@ def main(arguments: list[str]) -> None:
         accelerator.print(f"Resumed from {checkpoint}: {progress.step} steps, {progress.images:,} crops.")
 
     # The rest of the stream of crops.
-    crops_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    steps_left = max(settings.max_train_steps - progress.step, 0)
-    crops = CropDataset(
-        images,
-        settings.resolution,
-        scale,
-        seed=settings.seed,
-        start=progress.images,
-        length=steps_left * crops_per_step,
-        cache_gib=settings.cache_gib,
-    )
+    steps_left = max(total_steps - progress.step, 0)
+    length = steps_left * crops_per_step
+    if settings.streaming:
+        crops = CropStream(images, cropping, progress.images, length)
+    else:
+        overfit = crops_per_step if settings.overfit else None
+        crops = CropDataset(images, cropping, progress.images, length, settings.cache_gib, overfit)
     loader = DataLoader(crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers)
     loader = accelerator.prepare(loader)
 
-    # Write down what is about to happen.
+    # Write down what is about to happen, and make sure of the place where it is to go.
+    if settings.push_to_hub and accelerator.is_main_process:
+        from huggingface_hub import create_repo
+
+        create_repo(settings.push_to_hub, exist_ok=True)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "settings.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
@@ -249,76 +299,134 @@ def main(arguments: list[str]) -> None:
         "flowsr", {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str))}
     )
     accelerator.print(
-        f"{sum(p.numel() for p in unet.parameters()):,} parameters, {len(images)} pictures, "
-        f"{crops_per_step} crops of {settings.resolution} per step, {steps_left} steps to go on {accelerator.device}."
+        f"{sum(p.numel() for p in trainable(unet)):,} parameters to train, "
+        f"{'a stream of' if settings.streaming else len(images)} pictures, {crops_per_step} crops of "
+        f"{settings.resolution} per step, {steps_left} steps to go on {accelerator.device}."
     )
 
+    # What is minimised. Images are in the data range of the pipeline, which is that of the network.
+    distance = LOSSES[settings.loss]
+    lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
+    low, high = getattr(pipe.config, "data_range", (-1.0, 1.0))
+    dropout = getattr(accelerator.unwrap_model(unet).config, "condition_dropout", 0.0)
+
+    def to_data_range(x: torch.Tensor) -> torch.Tensor:
+        return low + (x + 1) * (high - low) / 2
+
+    def conditions_of(batch: dict) -> dict:
+        """What the network is told beside state and time."""
+        told = {}
+        dropped = condition_dropped(batch["index"], settings.seed, dropout) if dropout else None
+        if upscales:
+            told["lr"] = to_data_range(batch["lr"])
+            if dropout:
+                told["drop_condition"] = dropped
+        if classes is not None:
+            label = batch["label"]
+            told["class_labels"] = label if dropped is None else torch.where(dropped, classes, label)
+        return told
+
+    def flow_matching_loss(batch: dict) -> torch.Tensor:
+        """Lipman et al. 2023, eq. 23; from a source that depends on the data, Albergo et al. 2024."""
+        hr, index, conditions = to_data_range(batch["hr"]), batch["index"], conditions_of(batch)
+        lr_up = upsampled(conditions["lr"], hr) if upscales else torch.zeros_like(hr)
+        sigma = sigmas_for(index, settings.seed, settings.sigma_atom, law=settings.timestep_law)
+        timestep = sigma * scheduler.config.num_train_timesteps
+        source = scheduler.sample_source(lr_up, generator=generators_for(index, settings.seed))
+        x_t = scheduler.add_noise(hr, source, timestep)
+        prediction = unet(x_t, timestep, **conditions).sample
+        velocity = scheduler.predict_velocity(prediction, x_t, timestep)
+        loss = distance(velocity, scheduler.get_velocity(hr, source, timestep))
+        if settings.perceptual_weight or settings.colour_weight:
+            estimate = scheduler.predict_sample(prediction, x_t, timestep)
+        if settings.perceptual_weight:
+            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, estimate, hr, sigma)
+        if settings.colour_weight:
+            loss = loss + settings.colour_weight * colour_loss(estimate, conditions["lr"])
+        return loss
+
+    def diffusion_loss(batch: dict) -> torch.Tensor:
+        """Ho et al. 2020, eq. 14, for the noise; Salimans and Ho 2022, appendix D, for v; or the sample itself."""
+        hr, index, conditions = batch["hr"], batch["index"], conditions_of(batch)
+        original = hr - upsampled(conditions["lr"], hr) if pipe.config.target == "residual" else hr
+        timestep = timesteps_for(index, settings.seed, scheduler.config.num_train_timesteps, settings.timestep_law)
+        draws = generators_for(index, settings.seed)
+        noise = torch.stack([torch.randn(hr.shape[1:], generator=g, device=hr.device) for g in draws])
+        x_t = scheduler.add_noise(original, noise, timestep)
+        prediction = unet(x_t, timestep, **conditions).sample
+        if scheduler.config.prediction_type == "v_prediction":
+            return distance(prediction, scheduler.get_velocity(original, noise, timestep))
+        return distance(prediction, noise if scheduler.config.prediction_type == "epsilon" else original)
+
     def validate() -> None:
-        """PSNR of the EMA weights on the held-out pictures, and a grid `bicubic | 1 step | 4 steps | original`."""
+        """Metrics and grids of the EMA weights on the held-out pictures; the best pipeline so far is kept."""
         if not accelerator.is_main_process or not settings.num_validation_images:
             return
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-        pipe = FlowMatchSRPipeline(accelerator.unwrap_model(unet).eval(), scheduler)
+        ema.store(trainable(unet))
+        ema.copy_to(trainable(unet))
+        network = accelerator.unwrap_model(unet).eval()
+        pipe.register_modules(unet=network)
         pipe.set_progress_bar_config(disable=True)
-        record, rows = {"event": "validation", "step": progress.step}, []
-        source = CropDataset(held_out, settings.resolution, scale, 0, 0, 0, settings.cache_gib)
-        for number in range(len(held_out)):
-            hr, lr = source.pair(number)
-            lr = Image.fromarray(lr)
-            rows.append([np.asarray(lr.resize(hr.shape[1::-1], Image.BICUBIC)), hr])
-            for steps in (1, 4):
-                generator = torch.Generator(accelerator.device).manual_seed(number)
-                sr = np.asarray(pipe(lr, num_inference_steps=steps, generator=generator).images[0])
-                rows[-1].insert(-1, sr)
-                record.setdefault(f"psnr_y_{steps}", []).append(psnr_y(sr, hr, scale))
-        record = {k: round(float(np.mean(v)), 3) if isinstance(v, list) else v for k, v in record.items()}
+        steps, grids = settings.validation_inference_steps, {}
+        record = {"event": "validation", "step": progress.step}
+        if upscales:
+            distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
+            measured, grids["bicubic_sr_hr"] = measure(pipe, held_out_pairs, steps, distance_of_pictures, {})
+            record |= measured
+            if is_flow:
+                grids["lr_source_sr_hr"] = coupling_grid(pipe, held_out_pairs, steps[-1], {})
+        else:
+            grids["samples"] = generated_grid(pipe, steps[-1], {})
         log(accelerator, output_dir, record)
+        accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=progress.step)
         accelerator.print(record)
-        pictures = output_dir / "validation"
-        pictures.mkdir(exist_ok=True)
-        side = min(256, *(length for row in rows for length in row[0].shape[:2]))
-        grid = [np.concatenate([image[:side, :side] for image in row], axis=1) for row in rows]
-        Image.fromarray(np.concatenate(grid)).save(pictures / f"step_{progress.step:06d}.png")
-        ema.restore(unet.parameters())
+        (output_dir / "validation").mkdir(exist_ok=True)
+        for name, picture in grids.items():
+            Image.fromarray(picture).save(output_dir / "validation" / f"{progress.step:06d}_{name}.png")
+            for tracker in accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({name: picture[None]}, step=progress.step, **dataformats(tracker))
+        quality = record.get(f"psnr_y_{steps[0]}")
+        if quality is not None and quality > progress.best and not settings.lora_rank:
+            progress.best = quality
+            pipe.save_pretrained(output_dir / "best")
+        ema.restore(trainable(unet))
         unet.train()
+
+    held_out_pairs = [pair_of(cropping, image) for image in held_out] if upscales else []
+    objective = flow_matching_loss if is_flow else diffusion_loss
+
+    # A signal to end is answered after the optimiser step that it falls in, by all processes.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: accelerator.set_trigger())
 
     # Train.
     unet.train()
-    loss_function = LOSSES[settings.loss]
-    guided = config.condition_dropout > 0
     bar = tqdm(
-        total=settings.max_train_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step",
-        mininterval=5,
-    )  # fmt: skip
+        total=total_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step", mininterval=5
+    )
     losses, since = [], time.perf_counter()
     for batch in loader:
-        hr, lr, index = (batch[key] for key in ("hr", "lr", "index"))  # (b, 3, H, W), (b, 3, h, w), (b,)
         with accelerator.accumulate(unet):
-            lr_up = torch.nn.functional.interpolate(lr, size=hr.shape[-2:], mode="bicubic", antialias=True)
-            timestep = sigmas_for(index, settings.seed, settings.sigma_atom) * scheduler.config.num_train_timesteps
-            source = scheduler.sample_source(lr_up, generator=generators_for(index, settings.seed))
-            x_t = scheduler.add_noise(hr, source, timestep)
-            drop = condition_dropped(index, settings.seed, config.condition_dropout) if guided else None
-            prediction = unet(x_t, timestep, lr, drop_condition=drop).sample
-            velocity = scheduler.predict_velocity(prediction, x_t, timestep)
-            loss = loss_function(velocity, scheduler.get_velocity(hr, source, timestep))
+            loss = objective(batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
+                accelerator.clip_grad_norm_(trainable(unet), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
         if not accelerator.sync_gradients:
             continue
 
-        lr_schedule.step()
-        ema.step(unet.parameters())
+        if not accelerator.optimizer_step_was_skipped:  # as fp16 does while it looks for its loss scale
+            lr_schedule.step()
+        ema.step(trainable(unet))
         progress.step += 1
         progress.images += crops_per_step
         bar.update()
-        last = progress.step == settings.max_train_steps
-        saves = progress.step % settings.checkpointing_steps == 0 or last
+        stopped = accelerator.check_trigger()
+        last = progress.step == total_steps
+        saves = progress.step % settings.checkpointing_steps == 0 or last or stopped
         if progress.step % settings.logging_steps == 0 or saves:  # no checkpoint without a look at the loss
             mean = accelerator.gather(torch.stack(losses).mean()).mean().item()
             if not math.isfinite(mean):
@@ -338,24 +446,61 @@ def main(arguments: list[str]) -> None:
             accelerator.log({k: v for k, v in record.items() if k != "step"}, step=progress.step)
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.1f}")
             losses, since = [], time.perf_counter()
-        if progress.step % settings.validation_steps == 0 or last:
+        if (progress.step % settings.validation_steps == 0 or last) and not stopped:
             validate()
             since = time.perf_counter()
         if saves:
-            save_checkpoint(accelerator, output_dir, progress.step, settings.checkpoints_total_limit)
+            checkpoints.save(accelerator, output_dir, progress.step, settings.checkpoints_total_limit)
+        if stopped:
+            accelerator.print(
+                f"Stopped by a signal after step {progress.step}; go on with `--resume_from_checkpoint latest`."
+            )
+            accelerator.end_training()
+            sys.exit(STOPPED)
     bar.close()
 
     # The finished pipeline: EMA weights, network and scheduler.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        ema.copy_to(unet.parameters())
-        FlowMatchSRPipeline(accelerator.unwrap_model(unet).eval(), scheduler).save_pretrained(output_dir)
+        ema.copy_to(trainable(unet))
+        network = accelerator.unwrap_model(unet).eval()
+        if settings.lora_rank:
+            network.fuse_lora()
+            network.unload_lora()
+        pipe.register_modules(unet=network)
+        plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
+        pipe.save_pretrained(output_dir, push_to_hub=bool(settings.push_to_hub), repo_id=settings.push_to_hub)
         accelerator.print(f"The pipeline is in {output_dir}.")
     accelerator.end_training()
 
 
+def make_pipeline(settings: Settings):
+    """The pipeline to train, from the three configs or from another pipeline."""
+    if settings.pretrained_model_name_or_path:
+        config = diffusers.DiffusionPipeline.load_config(settings.pretrained_model_name_or_path)
+        return class_named(config, FlowMatchSRPipeline, "pipeline").from_pretrained(
+            settings.pretrained_model_name_or_path
+        )
+    pipeline = class_named(settings.pipeline, FlowMatchSRPipeline, "pipeline")
+    default = diffusers.DDIMScheduler if pipeline is flowsr.DDPMSRPipeline else FlowMatchSREulerScheduler
+    unet = build(class_named(settings.unet, UNetSRModel, "unet"), settings.unet, "unet")
+    scheduler = build(class_named(settings.scheduler, default, "scheduler"), settings.scheduler, "scheduler")
+    return build(pipeline, {**settings.pipeline, "unet": unet, "scheduler": scheduler}, "pipeline")
+
+
+def class_named(config: dict, default: type, name: str) -> type:
+    """The class that a config names in `_class_name`, of flowsr or else of diffusers."""
+    wanted = config.get("_class_name", default.__name__)
+    wanted = wanted[-1] if isinstance(wanted, (list, tuple)) else wanted  # self-contained folders name their file too
+    found = getattr(flowsr, wanted, None) or getattr(diffusers, wanted, None)
+    if not inspect.isclass(found):
+        raise ValueError(f"`{name}`: neither flowsr nor diffusers has a class {wanted!r}.")
+    return found
+
+
 def build(cls: type, config: dict, name: str):
     """A component from its config; unknown keys are named, with those that exist."""
+    config = {key: value for key, value in config.items() if key != "_class_name"}
     known = list(inspect.signature(cls.__init__).parameters)[1:]
     unknown = sorted(set(config) - set(known))
     if unknown:
@@ -363,57 +508,123 @@ def build(cls: type, config: dict, name: str):
     return cls(**config)
 
 
+def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> None:
+    """Refuses what does not go together, before any work."""
+    unet, scheduler, name = pipe.unet.config, pipe.scheduler.config, type(pipe).__name__
+    if name == "FlowMatchPipeline" and upscales:
+        raise ValueError("FlowMatchPipeline generates without an LR picture: set `lr_channels: null` in `unet`.")
+    if name != "FlowMatchPipeline" and not upscales:
+        raise ValueError(f"{name} upscales: `unet` needs `lr_channels`, got None.")
+    if is_flow == (name == "DDPMSRPipeline"):
+        raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
+    if is_flow and scheduler.source == "prior":
+        raise ValueError("`source: prior` cannot be trained yet; train with `source: lr` or noise.")
+    if getattr(unet, "precondition", False) and (scheduler.source, scheduler.path) != ("lr", "linear"):
+        raise ValueError(
+            "`precondition: true` is made for `source: lr` and `path: linear`, got "
+            f"{scheduler.source} and {scheduler.path}; set `precondition: false` in `unet`."
+        )
+    if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
+        raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
+    if settings.overfit and settings.streaming:
+        raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
+
+
+def add_adapters(unet: torch.nn.Module, rank: int) -> None:
+    """Freezes the network and adds low-rank adapters (Hu et al. 2022) to its convolutions and attention."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("`lora_rank` needs PEFT: pip install peft") from error
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    names = [name for name, module in unet.named_modules() if isinstance(module, kinds) and "embedding" not in name]
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
+
+
+def trainable(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def hold_out(images, settings: Settings, accelerator: Accelerator):
+    """Pictures to train on and pictures to validate with, after a look at their sizes."""
+    count = settings.num_validation_images
+    if settings.streaming:
+        return images.skip(count), [row["image"] for row in images.take(count)]
+    small = smaller_than(images, settings.resolution) if settings.resize_to is None else {}
+    if small and settings.small_images == "refuse":
+        raise ValueError(
+            f"{len(small)} of {len(images)} pictures are smaller than a crop of {settings.resolution}: "
+            f"{', '.join(list(small.values())[:5])}{' ...' if len(small) > 5 else ''}. Leave them out with "
+            "`--small_images skip`, or lower `resolution`."
+        )
+    if small:
+        images = images.select([number for number in range(len(images)) if number not in small])
+        accelerator.print(f"{len(small)} pictures are smaller than a crop of {settings.resolution} and left out.")
+    if len(images) <= count:
+        raise ValueError(
+            f"{len(images)} pictures, of which `num_validation_images` holds out {count}: none is left to train on."
+        )
+    images = images.shuffle(seed=settings.seed)
+    kept = len(images) - count
+    if settings.train_batch_size > kept:
+        raise ValueError(
+            f"`train_batch_size` is {settings.train_batch_size}, but there are only {kept} pictures to train on; "
+            "lower it, and raise `gradient_accumulation_steps` instead."
+        )
+    return images.select(range(kept)), [images[number]["image"] for number in range(kept, len(images))]
+
+
+def make_optimizer(settings: Settings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), with states of 32 or of 8 bits (Dettmers et al. 2022)."""
+    options = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+        "eps": 1e-10,  # gradients of a mean over small residuals are small
+    }
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("`optimizer: adamw_8bit` needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit(parameters, **options)
+
+
+def upsampled(lr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.interpolate(lr, size=hr.shape[-2:], mode="bicubic", antialias=True)
+
+
+def pair_of(cropping: Cropping, image: Image.Image):
+    """A held-out picture and its LR by the degradation of the run; uint8 `(h, w, c)`."""
+    hr, lr = cropping.pair(image)
+    if lr is None:
+        lr = degrade(hr, cropping.scale, cropping.degradation, np.random.default_rng(cropping.seed))
+    return hr, lr
+
+
+def dataformats(tracker) -> dict:
+    """TensorBoard has to be told the order of the axes."""
+    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+
+
 def log(accelerator: Accelerator, output_dir: Path, record: dict) -> None:
-    """Appends a line to log.jsonl."""
+    """Appends a line to metrics.jsonl."""
     if accelerator.is_main_process:
-        with open(output_dir / "log.jsonl", "a") as file:
+        with open(output_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def versions() -> dict:
     """What a reader needs to repeat a run."""
     import accelerate
-    import diffusers
 
     found = {"flowsr": flowsr.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )
     return {**found, "accelerate": accelerate.__version__, "commit": commit.stdout.strip() or None}
-
-
-def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
-    """The folder to resume from: `latest` is the newest of the output folder, or nothing where there is none."""
-    if wanted is None:
-        return None
-    if wanted != "latest":
-        if not Path(wanted).is_dir():
-            raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted}.")
-        return Path(wanted)
-    found = checkpoints(output_dir)
-    return found[-1] if found else None
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int) -> None:
-    """Writes checkpoint-STEP under another name, renames it when whole, then removes the oldest beyond `limit`."""
-    final = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f"checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
 
 
 if __name__ == "__main__":

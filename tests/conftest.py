@@ -1,6 +1,11 @@
 """Tiny real components; nothing here needs a network connection."""
 
+import json
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -50,6 +55,39 @@ def pipe() -> FlowMatchSRPipeline:
 def photo_folder(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number in range(4):
+    for number in range(9):
         smooth_picture(100 + 8 * number, 96).save(folder / f"{number}.png")
     return folder
+
+
+@dataclass
+class Finished:
+    """How a run of train_sr.py ended: its exit status (negative for a signal) and all that it printed."""
+
+    status: int
+    output: str
+
+
+@pytest.fixture(scope="session")
+def train_script(tmp_path_factory):
+    """`train_script(*arguments, ...)` runs train_sr.py on one thread and returns how it `Finished`."""
+    log = tmp_path_factory.mktemp("train_script") / "log.txt"
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forkserver.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))},
+    )  # fmt: skip
+
+    def run(*arguments, kill_after=None, terminate_at=None, file_limit=None) -> Finished:
+        log.write_text("")
+        request = {
+            "arguments": [str(argument) for argument in arguments], "log": str(log), "kill_after": kill_after,
+            "terminate_at": terminate_at, "file_limit": file_limit,
+        }  # fmt: skip
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return Finished(json.loads(server.stdout.readline()), log.read_text())
+
+    yield run
+    server.stdin.close()
+    server.wait()

@@ -1,0 +1,119 @@
+"""Training checkpoints that survive whatever ends a run: whole or absent, checked before use, never the last one lost.
+
+A checkpoint is a folder `checkpoint-STEP` that Accelerate has written under another name, with a list of its files
+and their digests; it gets its name when all of it is on the disk. So a folder of that name is whole, unless the disk
+has damaged it later, which the digests tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def save(accelerator, output_dir: Path, step: int, limit: int) -> Path:
+    """Writes `checkpoint-STEP`, then removes the oldest beyond `limit`.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; older checkpoints are as they were.
+    """
+    final, partial = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            seal(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = ", ".join(path.name for path in found_in(output_dir)) or "none"
+        raise OSError(
+            f"checkpoint-{step} could not be written in {output_dir} ({type(error).__name__}: {error}). Checkpoints "
+            f"still there: {kept}. Make room and go on with `--resume_from_checkpoint latest`."
+        ) from error
+    if accelerator.is_main_process:
+        for old in found_in(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def seal(folder: Path) -> None:
+    """Brings all files of the folder to the disk and writes their digests beside them."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        digests[str(path.relative_to(folder))] = digest(path)
+    with open(folder / MANIFEST, "w") as file:
+        json.dump(digests, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; `None` if nothing is."""
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, expected in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if digest(folder / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def found_in(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find(wanted: str | None, output_dir: Path, say=print) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        wanted: a folder; or "latest", the newest whole one of the run, or nothing where it has none; or `None`.
+        say: called with a line for each damaged checkpoint that "latest" passes over.
+
+    Raises:
+        ValueError: if a folder that was named is not there or is damaged, or all checkpoints of the run are.
+    """
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        if not Path(wanted).is_dir():
+            raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted}.")
+        if wrong := damage(Path(wanted)):
+            raise ValueError(
+                f"`resume_from_checkpoint`: {wanted} is damaged: {wrong}. Take an older one, or `latest`."
+            )
+        return Path(wanted)
+    newest_first = found_in(output_dir)[::-1]
+    for path in newest_first:
+        wrong = damage(path)
+        if not wrong:
+            return path
+        say(f"{path} is damaged and passed over: {wrong}.")
+    if newest_first:
+        raise ValueError(f"Every checkpoint in {output_dir} is damaged; start anew in another `output_dir`.")
+    return None

@@ -1,0 +1,109 @@
+"""What a training run shows of itself: measured pictures, grids to look at, and curves at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flowsr.metrics import psnr_y, ssim_y
+
+GRID_SIDE = 256  # HR pixels shown of each picture
+
+
+def measure(
+    pipe, pairs: list[tuple[np.ndarray, np.ndarray]], steps: list[int], lpips: Callable | None, options: dict
+) -> tuple[dict[str, float], np.ndarray]:
+    """Mean PSNR-Y, SSIM-Y and LPIPS of a super-resolution pipeline, and a grid of what it made.
+
+    Args:
+        pipe: any of the super-resolution pipelines.
+        pairs: pictures and their LR, uint8 `(h, w, 3)`.
+        steps (`list[int]`): numbers of inference steps, each measured.
+        lpips: distance of two pictures, or `None`.
+        options (`dict`): further arguments of the pipeline's call.
+
+    Returns:
+        `psnr_y_N`, `ssim_y_N` (and `lpips_N`) for each N of `steps`; and a uint8 grid with one row a picture:
+        `bicubic | SR at each N | HR`.
+    """
+    scale = pipe.scale_factor
+    measured: dict[str, list[float]] = {}
+    rows = []
+    for number, (hr, lr) in enumerate(pairs):
+        lr = Image.fromarray(lr)
+        row = [np.asarray(lr.resize(hr.shape[1::-1], Image.BICUBIC))]
+        for count in steps:
+            generator = torch.Generator(pipe.device).manual_seed(number)
+            sr = np.asarray(pipe(lr, num_inference_steps=count, generator=generator, **options).images[0])
+            row.append(sr)
+            measured.setdefault(f"psnr_y_{count}", []).append(psnr_y(sr, hr, scale))
+            measured.setdefault(f"ssim_y_{count}", []).append(ssim_y(sr, hr, scale))
+            if lpips is not None:
+                measured.setdefault(f"lpips_{count}", []).append(lpips(sr, hr))
+        rows.append([*row, hr])
+    return {name: round(float(np.mean(values)), 4) for name, values in measured.items()}, grid(rows)
+
+
+def coupling_grid(pipe, pairs: list[tuple[np.ndarray, np.ndarray]], count: int, options: dict) -> np.ndarray:
+    """One row a picture: `LR | source | SR after count steps | HR`, where the flow starts and where it ends."""
+    scale, rows = pipe.scale_factor, []
+    for number, (hr, lr) in enumerate(pairs):
+        generator = torch.Generator(pipe.device).manual_seed(number)
+        x = torch.from_numpy(lr.copy()).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
+        lr_up = torch.nn.functional.interpolate(x, scale_factor=float(scale), mode="bicubic", antialias=True)
+        source = pipe.scheduler.sample_source(lr_up, generator=generator)[0].permute(1, 2, 0).cpu().numpy()
+        source = ((source + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        generator = torch.Generator(pipe.device).manual_seed(number)
+        sr = np.asarray(pipe(Image.fromarray(lr), num_inference_steps=count, generator=generator, **options).images[0])
+        rows.append([lr.repeat(scale, axis=0).repeat(scale, axis=1), source, sr, hr])
+    return grid(rows)
+
+
+def generated_grid(pipe, count: int, options: dict, side: int = 8) -> np.ndarray:
+    """`side` x `side` pictures of a generator; those of a row are of one class where it knows classes."""
+    classes = pipe.unet.config.num_class_embeds
+    labels = [row % classes for row in range(side) for _ in range(side)] if classes else None
+    generator = torch.Generator(pipe.device).manual_seed(0)
+    pictures = pipe(side**2, labels, num_inference_steps=count, generator=generator, **options).images
+    pictures = [np.asarray(picture.convert("RGB")) for picture in pictures]
+    return grid([pictures[row * side : (row + 1) * side] for row in range(side)])
+
+
+def grid(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Pictures side by side, cut to the smallest common size and to `GRID_SIDE`."""
+    height, width = (min(GRID_SIDE, *(image.shape[axis] for row in rows for image in row)) for axis in (0, 1))
+    return np.concatenate([np.concatenate([image[:height, :width] for image in row], axis=1) for row in rows])
+
+
+def plot_curves(metrics: Path, picture: Path) -> None:
+    """Draws the loss and every validated number of a `metrics.jsonl` over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    validated = [record for record in records if record.get("event") == "validation"]
+    kinds = [
+        kind for kind in ("psnr_y", "ssim_y", "lpips") if any(f"{kind}_" in name for r in validated for name in r)
+    ]
+    figure, axes = pyplot.subplots(1, 1 + len(kinds), figsize=(5 * (1 + len(kinds)), 4), layout="constrained")
+    axes = np.atleast_1d(axes)
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    axes[0].semilogy(*zip(*losses))
+    axes[0].set(title="loss", xlabel="optimiser steps")
+    for axis, kind in zip(axes[1:], kinds):
+        for name in sorted(
+            {n for r in validated for n in r if n.startswith(kind)}, key=lambda n: int(n.split("_")[-1])
+        ):
+            points = [(record["step"], record[name]) for record in validated if name in record]
+            axis.plot(*zip(*points), marker=".", label=f"{name.split('_')[-1]} steps")
+        axis.set(title=kind, xlabel="optimiser steps")
+        axis.legend()
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)

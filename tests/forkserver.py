@@ -1,0 +1,67 @@
+"""Runs train_sr.py in forks of one process that has done the imports: as from the shell, but seconds sooner.
+
+One JSON line in for each run: `arguments`, `log` (file for its output), `kill_after` (seconds until SIGKILL, or null),
+`terminate_at` (text in the log upon which SIGTERM is sent, or null), `file_limit` (bytes that a file may have, or
+null). One JSON line out: the exit status, negative for a signal.
+"""
+
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print is no answer
+
+import torch  # noqa: E402
+
+import train_sr  # noqa: E402, F401
+
+torch.set_num_threads(1)
+
+
+def run_script(request: dict) -> None:
+    """Never returns: becomes `python train_sr.py ARGUMENTS`."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if request["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+    sys.argv = ["train_sr.py", *request["arguments"]]
+    status = 0
+    try:
+        runpy.run_path(str(ROOT / "train_sr.py"), run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        run_script(request)
+    if request["kill_after"] is not None:
+        time.sleep(request["kill_after"])
+        os.kill(child, signal.SIGKILL)
+    while request["terminate_at"] and request["terminate_at"] not in Path(request["log"]).read_text():
+        time.sleep(0.02)
+    if request["terminate_at"]:
+        os.kill(child, signal.SIGTERM)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(status), file=answers, flush=True)
