@@ -305,7 +305,8 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         """c_in, c_skip, c_out of the class docstring, of the shape of `sigma` (in [0, 1])."""
         s_r, s = self.config.residual_std, self.config.source_noise_std
         variance = ((1 - sigma) * s_r) ** 2 + (sigma * s) ** 2
-        return variance.rsqrt(), (1 - sigma) * s_r**2 / variance, sigma * s * s_r * variance.rsqrt()
+        c_skip = (1 - sigma) * s_r**2 / variance
+        return c_skip / s_r, c_skip, sigma * s * s_r * variance.rsqrt()
 
     def forward(
         self,
