@@ -4,8 +4,11 @@ The mixins are not part of the diffusers package, so each convention has a test 
 """
 
 import inspect
+import re
 import shutil
+from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -75,6 +78,16 @@ def settings(configured) -> dict:
 @torch.no_grad()
 def run(model, **changes) -> torch.Tensor:
     return model(**{**inputs(), **changes}, return_dict=False)[0]
+
+
+def test_the_list_names_tests_that_exist():
+    def defined(*files: Path) -> set[str]:
+        return {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+
+    here = Path(__file__)
+    named = set(re.findall(r"`(test_\w+)`", (here.parents[1] / "docs/diffusers.md").read_text()))
+    assert named <= defined(*here.parent.glob("test_*.py"))
+    assert defined(here) <= named | {"test_the_list_names_tests_that_exist"}
 
 
 # Models.
@@ -491,6 +504,29 @@ def test_pipeline_cache(make):
         call(pipe, tile=2)
     pipe.unet.disable_cache()
     assert torch.equal(call(pipe), expected)
+
+
+@every_pipeline
+@pytest.mark.parametrize("hook", [accelerate.cpu_offload, accelerate.cpu_offload_with_hook])
+def test_pipeline_with_the_hooks_of_cpu_offload(make, hook):
+    # What enable_sequential_cpu_offload and enable_model_cpu_offload install; these refuse to without an accelerator.
+    pipe = make()
+    expected = call(pipe)
+    hook(pipe.unet, execution_device=torch.device("cpu"))
+    assert hasattr(pipe.unet, "_hf_hook")
+    for _ in range(2):
+        torch.testing.assert_close(call(pipe), expected)
+
+
+@every_pipeline
+def test_pipeline_group_offload(make, tmp_path):
+    pipe = make()
+    expected = call(pipe)
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    for parameter in pipe.unet.parameters():
+        parameter.data.fill_(float("nan"))
+    for _ in range(2):
+        torch.testing.assert_close(call(pipe), expected)
 
 
 @pytest.mark.gpu
