@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import setup
 
 TRAIN = ["datasets>=4.0", "pyyaml", "tensorboard"]
-TEST = ["pytest>=8", "ruff"]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
+TEST = ["pytest>=8", "ruff", "peft"]
 
 setup(
     name="flowsr",
@@ -37,6 +38,12 @@ setup(
         "torchmetrics>=1.4",
         "tqdm",
     ],
-    extras_require={"train": TRAIN, "demo": [], "test": TRAIN + TEST},
+    extras_require={
+        "train": TRAIN,
+        "onnx": ONNX,
+        "quantization": ["torchao"],
+        "demo": [],
+        "test": TRAIN + ONNX + TEST,
+    },
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
 )

@@ -14,6 +14,7 @@ from flowsr.pipelines.pipeline_ddpm_sr import DDPMSRPipeline  # noqa: E402
 from flowsr.pipelines.pipeline_flow_match import FlowMatchPipeline  # noqa: E402
 from flowsr.pipelines.pipeline_flow_match_sr import FlowMatchSRPipeline  # noqa: E402
 from flowsr.schedulers.scheduling_flow_match_sr_euler import FlowMatchSREulerScheduler  # noqa: E402
+from flowsr.upscaler import Upscaler  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -38,5 +39,6 @@ __all__ = [
     "FlowMatchSREulerScheduler",
     "FlowMatchSRPipeline",
     "UNetSRModel",
+    "Upscaler",
     "bundled",
 ]

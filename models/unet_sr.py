@@ -127,8 +127,18 @@ class SRAttentionBlock(nn.Module):
         return hidden_states + self.attn(tokens).transpose(1, 2).reshape(hidden_states.shape)
 
 
+def run_block(owner: nn.Module, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """`block(*args)`, with gradient checkpointing where `owner` has been told to."""
+    if torch.is_grad_enabled() and owner.gradient_checkpointing:
+        return owner._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
 class SRStage(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where the stage has it."""
+    """Residual blocks at one resolution, each followed by attention where the stage has it.
+
+    A module that is called as one, so that what diffusers and accelerate hook to it (offloading, devices) takes place.
+    """
 
     def __init__(self, widths: list[tuple[int, int]], temb_channels: int, norm: str, groups: int, heads: int | None):
         super().__init__()
@@ -136,6 +146,17 @@ class SRStage(nn.Module):
         self.attentions = None
         if heads:
             self.attentions = nn.ModuleList(SRAttentionBlock(o, heads, norm, groups) for _, o in widths)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        h = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=1)
+        for index, block in enumerate(self.resnets):
+            h = run_block(self, block, h, temb)
+            if self.attentions is not None:
+                h = run_block(self, self.attentions[index], h)
+        return h
 
 
 class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
@@ -188,7 +209,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SRResBlock", "SRAttentionBlock"]
+    _no_split_modules = ["SRStage", "SRResBlock", "SRAttentionBlock"]
     _repeated_blocks = ["SRResBlock"]
     _skip_layerwise_casting_patterns = ["time_embedding", "class_embedding", "norm", "conv_in", "conv_out"]
 
@@ -372,16 +393,16 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # what convolutions are fastest in
         skips = []
         for level, stage in enumerate(self.down_stages):
-            h = self._run_stage(stage, h, temb)
+            h = stage(h, temb)
             skips.append(h)
             if level < len(self.downsamplers):
                 h = self.downsamplers[level](h)
         for index, block in enumerate(self.mid_stage.resnets):
-            h = self._run(block, h, temb)
+            h = run_block(self, block, h, temb)
             if index == 0 and self.mid_attn is not None:
-                h = self._run(self.mid_attn, h)
+                h = run_block(self, self.mid_attn, h)
         for level in reversed(range(len(self.up_stages))):
-            h = self._run_stage(self.up_stages[level], torch.cat([h, skips[level]], dim=1), temb)
+            h = self.up_stages[level](h, temb, skips[level])
             if level > 0:
                 h = self.upsamplers[level - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), config.patch_size)
@@ -389,18 +410,6 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             h = skip + c_out * h
         h = h.to(sample.dtype)
         return UNetSROutput(sample=h) if return_dict else (h,)
-
-    def _run_stage(self, stage: SRStage, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        for index, block in enumerate(stage.resnets):
-            h = self._run(block, h, temb)
-            if stage.attentions is not None:
-                h = self._run(stage.attentions[index], h)
-        return h
-
-    def _run(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)
 
     def _check_forward(self, sample: torch.Tensor, lr: torch.Tensor | None, class_labels: torch.Tensor | None):
         config, (height, width) = self.config, sample.shape[-2:]

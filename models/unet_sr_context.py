@@ -55,6 +55,27 @@ class ContextResBlock(nn.Module):
         return self.shortcut(hidden_states) + self.conv2(h)
 
 
+def run_block(owner: nn.Module, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """`block(*args)`, with gradient checkpointing where `owner` has been told to."""
+    if torch.is_grad_enabled() and owner.gradient_checkpointing:
+        return owner._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
+class ContextStage(nn.ModuleList):
+    """Residual blocks at one resolution; called as one, so that what is hooked to it (offloading) takes place."""
+
+    gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        h = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=1)
+        for block in self:
+            h = run_block(self, block, h, temb)
+        return h
+
+
 class ContextAttnProcessor:
     """Attention of a token sequence to itself or to a context, through the backend that diffusers is told to use."""
 
@@ -152,7 +173,7 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ContextResBlock", "ContextTransformerBlock"]
+    _no_split_modules = ["ContextStage", "ContextResBlock", "ContextTransformerBlock"]
     _repeated_blocks = ["ContextResBlock", "ContextTransformerBlock"]
     _skip_layerwise_casting_patterns = ["time_embedding", "norm", "conv_in", "conv_out"]
 
@@ -180,15 +201,15 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         widths, last = list(block_out_channels), block_out_channels[-1]
         temb_dim = 4 * time_embedding_dim
 
-        def blocks(first: int, width: int) -> nn.ModuleList:
+        def stage(first: int, width: int) -> ContextStage:
             ins = [first] + [width] * (layers_per_block - 1)
-            return nn.ModuleList(ContextResBlock(i, width, temb_dim, norm_num_groups) for i in ins)
+            return ContextStage(ContextResBlock(i, width, temb_dim, norm_num_groups) for i in ins)
 
         self.time_embedding = TimestepEmbedding(time_embedding_dim, temb_dim)
         self.context_extractor = LRContextExtractor(lr_channels, context_channels, last, norm_num_groups)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(blocks(widths[max(level - 1, 0)], w) for level, w in enumerate(widths))
-        self.up_blocks = nn.ModuleList(blocks(2 * w, w) for w in widths)
+        self.down_blocks = nn.ModuleList(stage(widths[max(level - 1, 0)], w) for level, w in enumerate(widths))
+        self.up_blocks = nn.ModuleList(stage(2 * w, w) for w in widths)
         self.downsamplers = nn.ModuleList(nn.Conv2d(w, w, 4, stride=2, padding=1) for w in widths[:-1])
         self.upsamplers = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.mid_blocks = nn.ModuleList(ContextResBlock(last, last, temb_dim, norm_num_groups) for _ in range(2))
@@ -250,28 +271,20 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         levels, (down, middle, up) = len(self.down_blocks), self.transformer_blocks
         h, skips = self.conv_in(sample.to(dtype)), []
         for level in range(levels):
-            for block in self.down_blocks[level]:
-                h = self._run(block, h, temb)
+            h = self.down_blocks[level](h, temb)
             if level == levels - 1:
-                h = self._run(down, h, context)
+                h = run_block(self, down, h, context)
             skips.append(h)
             if level < levels - 1:
                 h = self.downsamplers[level](h)
-        h = self._run(self.mid_blocks[0], h, temb)
-        h = self._run(middle, h, context)
-        h = self._run(self.mid_blocks[1], h, temb)
+        h = run_block(self, self.mid_blocks[0], h, temb)
+        h = run_block(self, middle, h, context)
+        h = run_block(self, self.mid_blocks[1], h, temb)
         for level in reversed(range(levels)):
-            h = torch.cat([h, skips[level]], dim=1)
-            for block in self.up_blocks[level]:
-                h = self._run(block, h, temb)
+            h = self.up_blocks[level](h, temb, skips[level])
             if level == levels - 1:
-                h = self._run(up, h, context)
+                h = run_block(self, up, h, context)
             if level > 0:
                 h = self.upsamplers[level - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = self.conv_out(F.silu(self.norm_out(h))).to(sample.dtype)
         return ContextUNetSROutput(sample=h) if return_dict else (h,)
-
-    def _run(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)

@@ -8,6 +8,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from .pictures import Picture
 
 
+def check_callback_inputs(pipe: DiffusionPipeline, names: list[str] | None) -> None:
+    """Raises a ValueError for tensors that a callback cannot have."""
+    unknown = set(names or []) - set(pipe._callback_tensor_inputs)
+    if unknown:
+        raise ValueError(
+            f"`callback_on_step_end_tensor_inputs` must be in {pipe._callback_tensor_inputs}, got {sorted(unknown)}."
+        )
+
+
 def check_inputs(
     pipe: DiffusionPipeline,
     pictures: list[Picture],
@@ -37,11 +46,7 @@ def check_inputs(
         raise ValueError(f"`tile` must be a number of LR pixels from 1, or None, got {tile!r}.")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-    unknown = set(callback_on_step_end_tensor_inputs or []) - set(pipe._callback_tensor_inputs)
-    if unknown:
-        raise ValueError(
-            f"`callback_on_step_end_tensor_inputs` must be in {pipe._callback_tensor_inputs}, got {sorted(unknown)}."
-        )
+    check_callback_inputs(pipe, callback_on_step_end_tensor_inputs)
     count = sum(len(picture.color) for picture in pictures) * num_images_per_prompt
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` must hold one generator per output, got {len(generator)} for {count}.")
@@ -53,6 +58,13 @@ def check_inputs(
                 f"`latents` must be the initial state of every output, of shape {wanted[0]}, got "
                 f"{tuple(latents.shape)}; pictures of different sizes cannot share one."
             )
+    several = len({picture.color.shape[-2:] for picture in pictures}) > 1
+    if getattr(pipe.unet, "is_cache_enabled", False) and (tile is not None or guidance_scale != 1 or several):
+        raise ValueError(
+            "A cache (`unet.enable_cache`) reuses attention from one evaluation to the next, which must be of the "
+            "same picture: leave `tile` None and `guidance_scale` 1 and pass pictures of one size, or call "
+            "`unet.disable_cache()`."
+        )
     if pipe._execution_device.type == "cpu" and pipe.unet.dtype == torch.float16:
         raise ValueError(
             "float16 is thousands of times slower than float32 on a CPU; use pipe.to(torch.bfloat16) or "

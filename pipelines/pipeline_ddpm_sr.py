@@ -20,12 +20,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_inputs
 from .consistency import make_consistent
+from .conventions import ConventionsMixin
 from .pictures import group_by_size, read_images, stack_if_equal, write_group
 from .sharing import SelfContainedMixin
 from .tiles import predict
 
 
-class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
+class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
     r"""Upscales pictures by reversing a diffusion (Ho et al. 2020; Saharia et al. 2021 for super-resolution).
 
     Args:
@@ -49,18 +50,6 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
     def scale_factor(self) -> int:
         """HR pixels per LR pixel, each way."""
         return self.unet.config.scale_factor
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -133,10 +122,11 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
 
                 # 2. Denoising.
                 for step, timestep in enumerate(self.scheduler.timesteps):
-                    if self._interrupt:
+                    if self.interrupt:
                         break
+                    self._current_timestep = timestep
                     state = self.scheduler.scale_model_input(x_t, timestep)
-                    prediction = predict(self.unet, state, timestep, lr, tile, guidance_scale)
+                    prediction = predict(self.unet, state, timestep, lr, tile, self.guidance_scale)
                     x_t = self.scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}

@@ -5,6 +5,7 @@ This file and those it imports from beside it travel with a checkpoint, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -14,11 +15,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .checks import check_callback_inputs
+from .conventions import ConventionsMixin
 from .sharing import SelfContainedMixin
-from .solvers import SMALLEST_SIGMA, SOLVERS, integrate
+from .solvers import SMALLEST_SIGMA, check_solver, integrate
 
 
-class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
+class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
     r"""Generates pictures along a learned flow from noise (Lipman et al. 2023; Liu et al. 2022, rectified flow).
 
     Args:
@@ -57,6 +60,8 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> ImagePipelineOutput | tuple:
         """Generates `batch_size` pictures, or one per class label.
 
@@ -71,6 +76,8 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
             generator: of the noise, also a list of one per picture.
             latents (`torch.Tensor` of shape `(pictures, c, h, w)`, *optional*): the source to start from.
             output_type: "pil"; "np" `(n, h, w, c)` or "pt" `(n, c, h, w)` in [0, 1]; "latent", the state as it ends.
+            callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})` after each step of "euler"; may return
+                new latents. `pipe._interrupt = True` within it stops there.
 
         Raises:
             ValueError: for arguments that cannot be right, before any work.
@@ -87,8 +94,8 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
             raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {wrong}.")
         if guidance_scale != 1 and class_labels is None:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no class to be guided to.")
-        if solver != "euler" and solver not in SOLVERS:
-            raise ValueError(f"`solver` must be one of {['euler', *SOLVERS]}, got {solver!r}.")
+        check_solver(solver, callback_on_step_end)
+        check_callback_inputs(self, callback_on_step_end_tensor_inputs)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         shape = (len(labels), config.in_channels, *self.config.sample_size)
@@ -97,6 +104,7 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
 
         # 1. The source.
         device = self._execution_device
+        self._guidance_scale, self._interrupt = guidance_scale, False
         if latents is None:
             x_t = self.scheduler.sample_source(torch.zeros(shape, device=device), generator=generator)
         else:
@@ -108,16 +116,23 @@ class FlowMatchPipeline(SelfContainedMixin, DiffusionPipeline):
 
         # 2. Along the flow.
         def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            self._current_timestep = timestep
             prediction = self.unet(x, timestep, class_labels=given, return_dict=False)[0]
-            if guidance_scale != 1:
+            if self.guidance_scale != 1:
                 without = self.unet(x, timestep, class_labels=none, return_dict=False)[0]
-                prediction = without + guidance_scale * (prediction - without)
+                prediction = without + self.guidance_scale * (prediction - without)
             return prediction
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = num_inference_steps
         if solver == "euler":
-            for timestep in self.progress_bar(self.scheduler.timesteps):
+            for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+                if self.interrupt:
+                    break
                 x_t = self.scheduler.step(predict(x_t, timestep), timestep, x_t, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
+                    x_t = callback_on_step_end(self, step, timestep, asked).pop("latents", x_t)
             self.num_evaluations = num_inference_steps
         else:
 

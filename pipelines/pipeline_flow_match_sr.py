@@ -18,19 +18,24 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .checks import check_inputs
 from .consistency import make_consistent
+from .conventions import ConventionsMixin
 from .pictures import group_by_size, read_images, stack_if_equal, write_group
+from .prior import estimate
 from .sharing import SelfContainedMixin
-from .solvers import SMALLEST_SIGMA, SOLVERS, integrate
+from .solvers import SMALLEST_SIGMA, check_solver, integrate
 from .tiles import predict
 
 
-class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
+class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
     r"""Upscales pictures along a learned flow from the (noisy) upsampled LR, or from noise, to the image.
 
     Args:
         unet ([`UNetSRModel`]): called as `unet(x_t, timestep, lr)`.
         scheduler ([`FlowMatchSREulerScheduler`]): draws the source and steps along the flow.
         data_range (`list[float]`): black and white as network and flow see them; saved with the pipeline.
+        prior (`torch.nn.Module`, *optional*): gives the estimate that the flow starts from, for a scheduler with
+            `source="prior"` (posterior-mean rectified flow, Ohayon et al. 2024): a transformers image-to-image model
+            such as `Swin2SRForImageSuperResolution`, or a `ModelMixin`; see [`estimate`] for what it is asked.
 
     Example:
 
@@ -39,12 +44,19 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
         >>> pipe(image).images[0].save("large.png")  # doctest: +SKIP
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "prior->unet"
+    _optional_components = ["prior"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, data_range: list[float] = [-1.0, 1.0]):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        data_range: list[float] = [-1.0, 1.0],
+        prior: torch.nn.Module | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, prior=prior)
         self.register_to_config(data_range=list(data_range))
         self.num_evaluations = 0
 
@@ -52,18 +64,6 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
     def scale_factor(self) -> int:
         """HR pixels per LR pixel, each way."""
         return self.unet.config.scale_factor
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -109,7 +109,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 from instead of a draw, in the data range of the checkpoint.
             tile (`int`, *optional*): work in tiles of this many LR pixels, to bound the memory of the network. Where
                 it has no normalisation over positions and no attention, the result is that of the whole picture; other
-                networks are blended over an overlap of `tile` / 4, which is close but not the same.
+                networks are blended over an overlap of `tile` / 4, which is close but not the same. A prior always
+                sees the whole picture, so that its estimate is the same with tiles; its memory is not bounded.
             output_type: "pil"; "np" `(n, h, w, c)` or "pt" `(n, c, h, w)` in [0, 1] (a list where sizes differ);
                 "latent", the final state in the data range of the checkpoint, before clamping and consistency.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})` after each step; may return new latents.
@@ -122,19 +123,21 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         pictures = read_images(image)
-        if solver != "euler" and (solver not in SOLVERS or callback_on_step_end is not None):
-            raise ValueError(
-                f"`solver` must be one of {['euler', *SOLVERS]}, and only 'euler' has steps for a callback; "
-                f"got {solver!r}."
-            )
+        check_solver(solver, callback_on_step_end)
         if not 0 <= fidelity <= 1:
             raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity}.")
         if sigmas is not None and fidelity != 0:
             raise ValueError(
                 "Give `sigmas` or `fidelity`, not both: `fidelity` chooses the grid that `sigmas` replaces."
             )
-        if latents is None and self.scheduler.config.source == "prior":
-            raise ValueError("This checkpoint starts from a prior's estimate; pass that as `latents`.")
+        source = self.scheduler.config.source
+        if latents is None and source == "prior" and self.prior is None:
+            raise ValueError(
+                "This flow starts from a prior's estimate: load the pipeline with `prior=`, or pass that estimate and "
+                "noise as `latents`."
+            )
+        if self.prior is not None and source != "prior":
+            raise ValueError(f"This pipeline has a `prior`, but its flow starts from {source!r}; leave `prior` out.")
         check_inputs(
             self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
             latents, tile, output_type, callback_on_step_end_tensor_inputs,
@@ -148,14 +151,18 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
         with self.progress_bar(total=len(groups) * self._num_timesteps) as bar:
             for group in groups:
                 # 1. The LR, and the start of the flow.
-                lr = torch.cat([picture.color for picture in group]).to(self._execution_device)
-                lr = self.to_data_range(lr.repeat_interleave(num_images_per_prompt, dim=0))
+                color = torch.cat([picture.color for picture in group]).to(self._execution_device)
+                lr = self.to_data_range(color).repeat_interleave(num_images_per_prompt, dim=0)
                 mine = slice(done, done + len(lr))
                 done += len(lr)
                 if latents is None:
                     lr_up = F.interpolate(lr, scale_factor=float(self.scale_factor), mode="bicubic", antialias=True)
+                    start = None
+                    if self.prior is not None:
+                        start = self.to_data_range(estimate(self.prior, color, self.scale_factor))
+                        start = start.repeat_interleave(num_images_per_prompt, dim=0)
                     draw = generator[mine] if isinstance(generator, list) else generator
-                    x_t = self.scheduler.sample_source(lr_up, generator=draw)
+                    x_t = self.scheduler.sample_source(lr_up, start, generator=draw)
                 else:
                     x_t = latents[mine].to(lr)
 
@@ -163,8 +170,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 def velocity(x: torch.Tensor, sigma: torch.Tensor, lr: torch.Tensor = lr) -> torch.Tensor:
                     if self.scheduler.config.prediction_type == "sample":
                         sigma = sigma.clamp(min=SMALLEST_SIGMA)
-                    timestep = sigma * self.scheduler.config.num_train_timesteps
-                    prediction = predict(self.unet, x, timestep, lr, tile, guidance_scale)
+                    self._current_timestep = timestep = sigma * self.scheduler.config.num_train_timesteps
+                    prediction = predict(self.unet, x, timestep, lr, tile, self.guidance_scale)
                     return self.scheduler.predict_velocity(prediction, x, timestep)
 
                 timesteps, self.num_evaluations = self.scheduler.timesteps, len(self.scheduler.timesteps)
@@ -177,9 +184,10 @@ class FlowMatchSRPipeline(SelfContainedMixin, DiffusionPipeline):
                     x_t, evaluations = integrate(velocity, x_t, grid, solver, rtol, atol)
                     self.num_evaluations = evaluations + len(timesteps)
                 for step, timestep in enumerate(timesteps):
-                    if self._interrupt:
+                    if self.interrupt:
                         break
-                    prediction = predict(self.unet, x_t, timestep, lr, tile, guidance_scale)
+                    self._current_timestep = timestep
+                    prediction = predict(self.unet, x_t, timestep, lr, tile, self.guidance_scale)
                     x_t = self.scheduler.step(prediction, timestep, x_t, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}

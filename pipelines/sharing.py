@@ -11,7 +11,16 @@ import sys
 from huggingface_hub import ModelCard
 
 # What pipeline files import from beside them.
-HELPERS = ("checks.py", "pictures.py", "consistency.py", "tiles.py", "solvers.py", "sharing.py")
+HELPERS = (
+    "checks.py",
+    "consistency.py",
+    "conventions.py",
+    "pictures.py",
+    "prior.py",
+    "sharing.py",
+    "solvers.py",
+    "tiles.py",
+)
 
 
 class SelfContainedMixin:

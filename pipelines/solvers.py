@@ -10,6 +10,15 @@ SOLVERS = {"midpoint": "midpoint", "heun": "heun2", "rk4": "rk4", "dopri5": "dop
 SMALLEST_SIGMA = 1e-3  # where a predicted image is taken instead of at 0, at which it gives no velocity
 
 
+def check_solver(solver: str, callback: Callable | None) -> None:
+    """Raises a ValueError for a solver that does not exist, or that has no steps for a callback."""
+    if solver != "euler" and (solver not in SOLVERS or callback is not None):
+        raise ValueError(
+            f"`solver` must be one of {['euler', *SOLVERS]}, and only 'euler' has steps for a callback; "
+            f"got {solver!r}."
+        )
+
+
 def integrate(
     velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     x: torch.Tensor,

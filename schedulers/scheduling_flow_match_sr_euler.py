@@ -197,6 +197,9 @@ class FlowMatchSREulerScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(sigmas)
         self._set_grid(sigmas, device)
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Remembers nothing: `step` finds its place by its timestep. Pipelines of diffusers call this."""
+
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
         """The state as it is: scaling is the network's."""
         return sample

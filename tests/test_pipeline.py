@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_pipeline, make_unet, random_picture, smooth_picture
+from conftest import make_pipeline, random_picture, smooth_picture
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.pipelines.consistency import downscale
@@ -330,9 +330,3 @@ def test_half_precision_on_a_gpu_agrees_with_the_cpu(dtype):
     pipe = make_pipeline().to("cuda", dtype)
     out = np.asarray(pipe(picture, generator=seeded()).images[0]).astype(int)
     assert np.abs(out - expected).mean() < 1
-
-
-def test_prior_checkpoints_ask_for_their_estimate():
-    pipe = FlowMatchSRPipeline(make_unet(), FlowMatchSREulerScheduler(source="prior"))
-    with pytest.raises(ValueError, match="prior's estimate"):
-        pipe(random_picture(4, 4))

@@ -1,0 +1,76 @@
+"""The pipeline as other programs call it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipeline
+
+from flowsr import Upscaler, bundled
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_upscaler_is_a_function_of_tensors(pipe):
+    model = Upscaler(pipe, num_inference_steps=2).to("cpu").eval()
+    images = torch.rand(3, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    large = model(images)
+    assert large.shape == (3, 3, 5 * model.scale, 6 * model.scale)
+    assert 0 <= large.min() <= large.max() <= 1
+    assert (large.dtype, model.dtype, model.device) == (images.dtype, torch.float32, torch.device("cpu"))
+    assert torch.equal(large, model(images))
+    torch.testing.assert_close(model(images[1:2]), large[1:2], atol=1e-5, rtol=0)
+    assert not torch.equal(Upscaler(pipe, seed=1, num_inference_steps=2)(images), large)
+    assert model(images.half()).dtype == torch.float16
+
+
+def test_upscaler_hands_options_on_and_refuses_other_shapes(pipe):
+    image = torch.rand(1, 3, 4, 4)
+    expected = pipe(image, fidelity=1.0, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(Upscaler(pipe, fidelity=1.0)(image), expected)
+    for wrong in (torch.rand(3, 4, 4), torch.rand(1, 4, 4, 4)):
+        with pytest.raises(ValueError, match=r"shape \(n, 3, h, w\)"):
+            Upscaler(pipe)(wrong)
+
+
+@pytest.fixture
+def node():
+    """Found and called as ComfyUI does: by path, through the mappings, with the declared defaults."""
+    path = ROOT / "integrations/comfyui/__init__.py"
+    spec = importlib.util.spec_from_file_location(str(path.parent).replace(".", "_x_"), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.NODE_CLASS_MAPPINGS.keys() == module.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    (cls,) = module.NODE_CLASS_MAPPINGS.values()
+    declared = cls.INPUT_TYPES()["required"]
+    defaults = {name: options[0]["default"] for name, (_, *options) in declared.items() if options}
+    assert cls.RETURN_TYPES == ("IMAGE",)
+    assert set(declared) == set(defaults) | {"image", "consistency"}
+
+    def call(image, **changes):
+        return getattr(cls(), cls.FUNCTION)(image=image, **{**defaults, "consistency": "none", **changes})
+
+    return call
+
+
+def test_comfyui_node_with_the_bundled_network(node):
+    image = torch.rand(2, 5, 7, 3, generator=torch.Generator().manual_seed(0))
+    (large,) = node(image)
+    assert large.shape == (2, 20, 28, 3)
+    assert large.device == torch.device("cpu")
+    assert 0 <= large.min() <= large.max() <= 1
+    assert torch.equal(node(image)[0], large)
+    assert not torch.equal(node(image, seed=1)[0], large)
+    torch.testing.assert_close(node(image, tile=4)[0], large, atol=1e-4, rtol=0)
+    (faithful,) = node(image, checkpoint=bundled("x4"), fidelity=1.0, consistency="exact")
+    assert faithful.shape == large.shape
+    white = torch.ones(1, 4, 4, 3)
+    assert torch.equal(node(white + 0.01)[0], node(white)[0])  # a slight overshoot is no error
+
+
+def test_comfyui_node_with_alpha_and_another_checkpoint(node, tmp_path):
+    make_pipeline(scale_factor=2, patch_size=2).save_pretrained(tmp_path)
+    assert node(torch.rand(1, 4, 4, 4), checkpoint=str(tmp_path))[0].shape == (1, 8, 8, 4)
+    with pytest.raises(ValueError, match="no bundled checkpoint"):
+        node(torch.rand(1, 4, 4, 3), checkpoint="x9")
