@@ -11,7 +11,7 @@ import sys
 from huggingface_hub import ModelCard
 
 # What pipeline files import from beside them.
-HELPERS = ("checks.py", "pictures.py", "consistency.py", "tiles.py", "solvers.py", "sharing.py")
+HELPERS = ("checks.py", "context.py", "pictures.py", "consistency.py", "tiles.py", "solvers.py", "sharing.py")
 
 
 class SelfContainedMixin:
