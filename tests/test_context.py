@@ -121,6 +121,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True, disable_mmap=True)
 out = pipe(torch.full((3, 4, 5), 0.5), 2, generator=torch.Generator().manual_seed(0), output_type="pt").images
 assert torch.equal(out, torch.load("expected.pt")), "another result"
+pipe.save_pretrained("again")
 print("loaded without flowsr")
 """
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
