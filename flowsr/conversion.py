@@ -180,11 +180,8 @@ def assemble(texts: dict[str, str], weights: dict[str, torch.Tensor]) -> Diffusi
         state, configs = of_components[name], [text for path, text in texts.items() if path.startswith(f"{name}/")]
         if len(configs) != 1:
             raise ConversionError(f"The component {name} needs one config, found {len(configs)}.")
-        place = [transformers] if library == "transformers" else [flowsr, diffusers]
-        cls = next((getattr(module, kind) for module in place if hasattr(module, kind)), None)
-        bases = (ModelMixin, SchedulerMixin, transformers.PreTrainedModel)
-        if not (isinstance(cls, type) and issubclass(cls, bases)):
-            raise ConversionError(f"The component {name} is a {kind}, which is neither ours nor of a library we use.")
+        places = (transformers,) if library == "transformers" else (flowsr, diffusers)
+        cls = class_of(kind, places, (ModelMixin, SchedulerMixin, transformers.PreTrainedModel))
         if issubclass(cls, transformers.PreTrainedModel):
             parts[name] = load_encoder(cls, configs[0], state)
             continue
@@ -196,11 +193,16 @@ def assemble(texts: dict[str, str], weights: dict[str, torch.Tensor]) -> Diffusi
     for name, value in parts.items():
         if value == [None, None]:  # an optional component that is not there
             parts[name] = None
-    kind = index["_class_name"][1] if isinstance(index["_class_name"], list) else index["_class_name"]
-    cls = getattr(flowsr, kind, None)
-    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
-        raise ConversionError(f"The pipeline is a {kind}, which is none of this library's.")
-    return cls(**parts)
+    return class_of(index["_class_name"], (flowsr,), (DiffusionPipeline,))(**parts)
+
+
+def class_of(kind: str | list[str], places: tuple, bases: tuple[type, ...]) -> type:
+    """The class of that name; of a pair of file and class, as self-contained folders have it, the second."""
+    kind = kind[-1] if isinstance(kind, (list, tuple)) else kind
+    found = next((getattr(module, kind) for module in places if hasattr(module, kind)), None)
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        raise ConversionError(f"A {kind} is wanted, which {' and '.join(m.__name__ for m in places)} do not have.")
+    return found
 
 
 def load_encoder(cls: type, config: str, state: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -218,7 +220,7 @@ def load_encoder(cls: type, config: str, state: dict[str, torch.Tensor]) -> torc
 # Checkpoints of train_sr.py: a folder that accelerate wrote, with the settings of the run beside it.
 
 
-def convert_training(folder: Path, ema: bool) -> FlowMatchSRPipeline:
+def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
     """The pipeline that the run would have left had it ended at this checkpoint; without `ema` the raw weights."""
     import yaml
 
@@ -226,24 +228,39 @@ def convert_training(folder: Path, ema: bool) -> FlowMatchSRPipeline:
     if not weights.is_file() or not beside.is_file():
         raise ConversionError(
             f"{folder} is neither a pipeline folder (with model_index.json) nor a checkpoint of train_sr.py (with "
-            f"model.safetensors, and settings.yaml beside the folder)."
+            "model.safetensors, and settings.yaml beside the folder)."
         )
     settings = yaml.safe_load(beside.read_text())
-    if start := settings.get("pretrained_model_name_or_path"):
-        unet = UNetSRModel.from_config(UNetSRModel.load_config(start, subfolder="unet"))
-        scheduler = FlowMatchSREulerScheduler.from_pretrained(start, subfolder="scheduler")
-    else:
-        unet, scheduler = UNetSRModel(**settings["unet"]), FlowMatchSREulerScheduler(**settings["scheduler"])
-    state = read_checkpoint(weights)
+    if settings.get("lora_rank"):
+        raise ConversionError(
+            f"{folder} holds adapters, which are merged at the end of a run; go on with `--resume_from_checkpoint "
+            "latest` and `--max_train_steps` as many as it has done."
+        )
+    pipe, state = untrained(settings), read_checkpoint(weights)
     if ema:
         registered = [read_checkpoint(file) for file in sorted(folder.glob("custom_checkpoint_*.pkl"))]
         averages = [found["shadow_params"] for found in registered if "shadow_params" in found]
-        names = [name for name, _ in unet.named_parameters()]  # in the order in which EMAModel keeps them
+        names = [name for name, _ in pipe.unet.named_parameters()]  # in the order in which EMAModel keeps them
         if len(averages) != 1 or len(averages[0]) != len(names):
             raise ConversionError(f"{folder} has no averaged weights for this network; see `--weights`.")
         state |= dict(zip(names, averages[0]))
-    load_all(unet, state)
-    return FlowMatchSRPipeline(unet.eval(), scheduler)
+    load_all(pipe.unet, state)
+    pipe.unet.eval()
+    return pipe
+
+
+def untrained(settings: dict) -> DiffusionPipeline:
+    """The pipeline that a run of train_sr.py starts with; classes that are not named are those of the script."""
+    if start := settings.get("pretrained_model_name_or_path"):
+        kind = DiffusionPipeline.load_config(start)["_class_name"]
+        return class_of(kind, (flowsr,), (DiffusionPipeline,)).from_pretrained(start)
+    configs = {name: dict(settings.get(name) or {}) for name in ("pipeline", "unet", "scheduler")}
+    kinds = {name: config.pop("_class_name", None) for name, config in configs.items()}
+    pipeline = class_of(kinds["pipeline"] or "FlowMatchSRPipeline", (flowsr,), (DiffusionPipeline,))
+    steps = "DDIMScheduler" if pipeline is DDPMSRPipeline else "FlowMatchSREulerScheduler"
+    unet = class_of(kinds["unet"] or "UNetSRModel", (flowsr, diffusers), (ModelMixin,))
+    scheduler = class_of(kinds["scheduler"] or steps, (flowsr, diffusers), (SchedulerMixin,))
+    return pipeline(unet=unet(**configs["unet"]), scheduler=scheduler(**configs["scheduler"]), **configs["pipeline"])
 
 
 # The flow-matching project: pictures in [0, 1], t from 0 (noise) to 1 (picture), velocity = picture - noise, the state

@@ -47,6 +47,7 @@ def check_encoder(
         )
 
 
+@torch.no_grad()
 def context_tokens(
     image_encoder: torch.nn.Module,
     lr: torch.Tensor,
@@ -54,7 +55,7 @@ def context_tokens(
     image_std: list[float],
     image_size: int | None = None,
 ) -> torch.Tensor:
-    """Last hidden state of a vision encoder; training and sampling share it.
+    """Last hidden state of a vision encoder, which stays as it is; training and sampling share it.
 
     The whole picture is resized to a square (bicubic, antialiased, clamped to [0, 1]) and normalised: what the
     encoder's image processor does, without its crop, and in torch.

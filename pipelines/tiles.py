@@ -87,8 +87,9 @@ def evaluate(
     scale = unet.config.scale_factor
     height, width = lr.shape[-2:]
     right, bottom = -width % multiple, -height % multiple
-    if unet.receptive_field is None and (height, width) == (1, 1):
-        right = bottom = multiple  # a norm over positions needs more than one
+    padded, one = (height + bottom, width + right), unet.size_multiple // scale
+    if unet.receptive_field is None and padded in ((1, 1), (one, one)):
+        right += multiple  # a norm over positions needs more than one, on the LR grid and at the deepest level
     if right or bottom:
         lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
         x_t = F.pad(x_t, (0, right * scale, 0, bottom * scale), mode="replicate")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
 from conftest import make_pipeline, make_unet
 from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
@@ -318,14 +321,18 @@ def test_single_files_that_do_not_fit_are_named(tmp_path, capsys):
         texts = file.metadata()
     weights = load_file(path)
     index = texts["model_index.json"]
+    strange = index.replace("DDIMScheduler", "Popen"), index.replace("DDPMSRPipeline", "DDIMPipeline")
     without = {key: value for key, value in weights.items() if key != "unet.conv_in.bias"}
     cases = {
         "conv_in.bias": (without, texts),
         "unet.more": ({**weights, "unet.more": torch.zeros(1)}, texts),
         "belongs to none of": ({**weights, "vae.more": torch.zeros(1)}, texts),
         "has no weights": ({**weights, "scheduler.more": torch.zeros(1)}, texts),
-        "is a Popen": (weights, {**texts, "model_index.json": index.replace("DDIMScheduler", "Popen")}),
-        "is a DDIMPipeline": (weights, {**texts, "model_index.json": index.replace("DDPMSRPipeline", "DDIMPipeline")}),
+        "A Popen is wanted": (weights, {**texts, "model_index.json": strange[0]}),
+        "A DDIMPipeline is wanted": (
+            weights,
+            {**texts, "model_index.json": strange[1]},
+        ),
         "one config": (weights, {key: text for key, text in texts.items() if not key.startswith("unet/")}),
     }
     capsys.readouterr()
@@ -366,3 +373,40 @@ def test_a_training_checkpoint_is_the_pipeline_that_the_run_leaves(photo_folder,
     assert run(out / "checkpoint-2/..", tmp_path / "whole") == 0  # the run's folder is a pipeline folder
     assert run(photo_folder, tmp_path / "none") == 1
     assert "neither a pipeline folder" in capsys.readouterr().err
+
+
+def test_training_checkpoints_of_every_pipeline(tmp_path, capsys):
+    unet = {"_class_name": "ContextUNetSRModel", "block_out_channels": [8], "layers_per_block": 1}
+    settings = {
+        "pipeline": {"_class_name": "DDPMSRPipeline", "target": "image"}, "unet": unet,
+        "scheduler": {"prediction_type": "sample"},
+    }  # fmt: skip
+    network = ContextUNetSRModel(**{key: value for key, value in unet.items() if key != "_class_name"})
+    averages = EMAModel(network.parameters(), decay=0.5)
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(network)
+    accelerator.register_for_checkpointing(averages)
+    for parameter in network.parameters():
+        torch.nn.init.ones_(parameter)
+    accelerator.save_state(tmp_path / "checkpoint-1")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    averaged, raw = (convert(tmp_path / "checkpoint-1", ema=ema) for ema in (True, False))
+    for pipe in (averaged, raw):
+        assert type(pipe) is DDPMSRPipeline
+        assert pipe.config.target == "image"
+        assert pipe.scheduler.config.prediction_type == "sample"
+    assert all(torch.equal(a, b) for a, b in zip(raw.unet.parameters(), prepared.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(averaged.unet.parameters(), averages.shadow_params))
+
+    raw.save_pretrained(tmp_path / "start")  # fine-tuning takes the configs from there
+    (tmp_path / "settings.yaml").write_text(
+        yaml.safe_dump({"unet": {}, "pretrained_model_name_or_path": str(tmp_path / "start")})
+    )
+    tuned = convert(tmp_path / "checkpoint-1")
+    assert type(tuned) is DDPMSRPipeline
+    assert tuned.config.target == "image"
+    assert torch.equal(tuned.unet.conv_in.weight, averaged.unet.conv_in.weight)
+
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**settings, "lora_rank": 4}))
+    assert run(tmp_path / "checkpoint-1", tmp_path / "out") == 1
+    assert "holds adapters" in capsys.readouterr().err
