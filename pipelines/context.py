@@ -15,20 +15,14 @@ def check_encoder(
     """Raises a ValueError where network and encoder do not fit each other, or the encoder's normalisation is missing.
 
     Args:
-        unet: what attends to the tokens; its `config.cross_attention_dim` is their width, or `None` where it makes
-            its own context.
-        image_encoder: a model of transformers whose `last_hidden_state` is a sequence of `config.hidden_size` wide
-            tokens; or `None`.
+        unet: what attends to the tokens; its `config.cross_attention_dim` is their width.
+        image_encoder: a model of transformers whose `last_hidden_state` is a sequence of tokens `config.hidden_size`
+            wide; or `None`.
         image_mean, image_std: see [`context_tokens`].
     """
-    width = getattr(unet.config, "cross_attention_dim", None)
     if image_encoder is None:
-        if width is not None:
-            raise ValueError(
-                f"The network attends to tokens of width {width} (its `cross_attention_dim`), but there is no encoder "
-                "to make them; give `image_encoder`."
-            )
         return
+    width = getattr(unet.config, "cross_attention_dim", None)
     hidden_size = getattr(image_encoder.config, "hidden_size", None)
     if not isinstance(hidden_size, int):
         raise ValueError(
@@ -45,6 +39,24 @@ def check_encoder(
             "`image_mean` and `image_std` must say how the pictures of `image_encoder` are normalised; they stand in "
             "its preprocessor_config.json (ImageNet's: [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225])."
         )
+
+
+def check_context(
+    unet: torch.nn.Module, image_encoder: torch.nn.Module | None, prompt_embeds: torch.Tensor | None, pictures: int
+) -> None:
+    """Raises a ValueError where context tokens are missing, not expected, or not `(pictures, tokens, width)`."""
+    width = getattr(unet.config, "cross_attention_dim", None)
+    if width is not None and image_encoder is None and prompt_embeds is None:
+        raise ValueError(
+            f"The network attends to tokens of width {width} (its `cross_attention_dim`), but nothing makes them; "
+            "give the pipeline its `image_encoder`, or the call `prompt_embeds`."
+        )
+    if prompt_embeds is None:
+        return
+    shape = tuple(prompt_embeds.shape)
+    if width is None or len(shape) != 3 or (shape[0], shape[2]) != (pictures, width):
+        wanted = "none: this network makes its own context" if width is None else f"({pictures}, tokens, {width})"
+        raise ValueError(f"`prompt_embeds` must have shape {wanted}, got {shape}.")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_diffusion, check_inputs
 from .consistency import make_consistent
-from .context import check_encoder, context_tokens
+from .context import check_context, check_encoder, context_tokens
 from .pictures import group_by_size, read_images, stack_if_equal, write_group
 from .sharing import SelfContainedMixin
 from .tiles import predict
@@ -103,6 +103,7 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
         tile: int | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -120,6 +121,8 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 callback_on_step_end_tensor_inputs: as for [`FlowMatchSRPipeline`].
             latents (`torch.Tensor` of shape `(outputs, c, scale * h, scale * w)`, *optional*): standard normal
                 noise to start from instead of a draw.
+            prompt_embeds (`torch.Tensor` of shape `(pictures, tokens, cross_attention_dim)`, *optional*): context
+                tokens, of a caption for instance, instead of those of `image_encoder`.
             output_type: "pil", "np", "pt", or "latent": the final state, which is the residual for that target.
 
         Returns:
@@ -139,6 +142,7 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
             self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
             latents, tile, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        check_context(self.unet, self.image_encoder, prompt_embeds, sum(len(picture.color) for picture in pictures))
         self._guidance_scale, self._interrupt = guidance_scale, False
         groups = group_by_size(pictures)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -151,7 +155,12 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
                 # anew.
                 self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
                 lr = torch.cat([picture.color for picture in group]).to(self._execution_device)
-                context = self.encode_image(lr, num_images_per_prompt)
+                if prompt_embeds is None:
+                    context = self.encode_image(lr)
+                else:
+                    context = prompt_embeds[done // num_images_per_prompt :][: len(lr)].to(lr)
+                if context is not None:
+                    context = context.repeat_interleave(num_images_per_prompt, dim=0)
                 lr = lr.repeat_interleave(num_images_per_prompt, dim=0)
                 lr_up = self.upsample(lr)
                 mine = slice(done, done + len(lr))
@@ -196,10 +205,9 @@ class DDPMSRPipeline(SelfContainedMixin, DiffusionPipeline):
         antialias = self.config.bicubic_coefficient == -0.5  # with it torch takes Pillow's cubic
         return F.interpolate(lr, scale_factor=float(self.scale_factor), mode="bicubic", antialias=antialias)
 
-    def encode_image(self, lr: torch.Tensor, num_images_per_prompt: int = 1) -> torch.Tensor | None:
-        """Context tokens of pictures in [-1, 1], each `num_images_per_prompt` times; `None` without an encoder."""
+    def encode_image(self, lr: torch.Tensor) -> torch.Tensor | None:
+        """Context tokens of pictures (`(n, 3, h, w)` in [-1, 1]); `None` without an encoder."""
         if self.image_encoder is None:
             return None
         config = self.config
-        tokens = context_tokens(self.image_encoder, lr, config.image_mean, config.image_std, config.image_size)
-        return tokens.repeat_interleave(num_images_per_prompt, dim=0)
+        return context_tokens(self.image_encoder, lr, config.image_mean, config.image_std, config.image_size)

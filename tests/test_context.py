@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,24 @@ def test_a_list_is_its_pictures_one_by_one_and_tiles_share_the_context():
     assert len(encoded) == 1
 
 
+def test_tokens_of_the_callers_own_such_as_those_of_a_caption():
+    pipe, silent = make_pipe(make_encoder("clip")), make_pipe(None)
+    pictures, latents = [random_picture(6, 5, seed=i) for i in range(2)], torch.randn(4, 3, 20, 24, generator=seeded())
+    options = {"latents": latents, "num_images_per_prompt": 2, "output_type": "latent"}
+    lr = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 127.5 - 1 for p in pictures])
+    expected = pipe(pictures, 2, **options).images
+    given = silent(pictures, 2, prompt_embeds=pipe.encode_image(lr), **options).images
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+    uneven = [random_picture(6, 5), random_picture(4, 7)]
+    tokens = torch.randn(2, 9, 12, generator=seeded())
+    together = silent(uneven, 2, prompt_embeds=tokens, generator=[seeded(0), seeded(1)], output_type="pt").images
+    for number in range(2):
+        alone = silent(
+            uneven[number], 2, prompt_embeds=tokens[number, None], generator=seeded(number), output_type="pt"
+        ).images
+        torch.testing.assert_close(together[number], alone[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "clip"])
 def test_it_saves_and_loads_here_and_where_flowsr_is_not_installed(kind, tmp_path):
     pipe = make_pipe(make_encoder(kind))
@@ -137,8 +156,14 @@ def test_what_does_not_fit_is_named_before_any_work():
         make_pipe(encoder, width=16)
     with pytest.raises(ValueError, match="`cross_attention_dim` is None"):
         make_pipe(encoder, width=None)
-    with pytest.raises(ValueError, match="give `image_encoder`"):
-        make_pipe(None)
+    picture, own = random_picture(4, 4), ContextUNetSRModel(block_out_channels=(8,))
+    with pytest.raises(ValueError, match="give the pipeline its `image_encoder`, or the call `prompt_embeds`"):
+        make_pipe(None)(picture)
+    for wrong in (torch.zeros(1, 12), torch.zeros(1, 4, 13), torch.zeros(2, 4, 12)):
+        with pytest.raises(ValueError, match=r"`prompt_embeds` must have shape \(1, tokens, 12\)"):
+            make_pipe(None)(picture, prompt_embeds=wrong)
+    with pytest.raises(ValueError, match="makes its own context"):
+        DDPMSRPipeline(own, DDIMScheduler())(picture, prompt_embeds=torch.zeros(1, 4, 12))
     with pytest.raises(ValueError, match="ResNetModel has no `hidden_size`"):
         make_pipe(ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])))
     pipe = make_pipe(encoder)

@@ -1,5 +1,8 @@
 """The diffusion pipeline and the context network."""
 
+import inspect
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -26,8 +29,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import register_to_config
+from test_pipeline import BAD_ARGUMENTS, BAD_IMAGES
 
-from flowsr import ContextUNetSRModel, DDPMSRPipeline
+from flowsr import ContextUNetSRModel, DDPMSRPipeline, FlowMatchSRPipeline
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -240,6 +244,20 @@ def test_the_residual_is_added_to_the_cubic_of_the_config():
         torch.testing.assert_close(out, ((expected + 1) / 2).clamp(0, 1), atol=1e-5, rtol=0)
 
 
+def test_a_thousand_steps_are_those_of_the_tutorial():
+    # Ho et al. 2020, algorithm 2, with sigma_t^2 = beta_t: as the original project wrote it, without its clamping.
+    unet = GaussianDenoiser("linear", "epsilon", MEAN, STD)
+    pipe = make_ddpm(unet, DDPMScheduler(variance_type="fixed_large", clip_sample=False))
+    drawn = pipe(torch.full((1, 3, 2, 2), 0.5), 1000, generator=seeded(), output_type="latent").images
+    betas, generator = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), seeded()
+    alpha_bars = (1 - betas).cumprod(0)
+    x = torch.randn(1, 3, 8, 8, generator=generator)
+    for t in range(999, -1, -1):
+        mean = (x - betas[t] / (1 - alpha_bars[t]).sqrt() * unet(x, t, None)[0]) / (1 - betas[t]).sqrt()
+        x = mean + (betas[t].sqrt() * torch.randn(x.shape, generator=generator) if t > 0 else 0)
+    torch.testing.assert_close(drawn, x.float(), atol=1e-3, rtol=0)
+
+
 def test_a_list_is_its_pictures_one_by_one():
     pipe = make_ddpm()
     for pictures in ([random_picture(6, 5, seed=i) for i in range(2)], [random_picture(6 + i, 5) for i in range(2)]):
@@ -286,9 +304,41 @@ def test_bad_input_is_refused():
         pipe(random_picture(4, 4), guidance_scale=2.0)
 
 
+def test_the_call_is_that_of_flow_matching():
+    ours, theirs = (inspect.signature(cls.__call__).parameters for cls in (DDPMSRPipeline, FlowMatchSRPipeline))
+    shared = [name for name in theirs if name in ours]
+    assert set(theirs) - set(ours) == {"sigmas", "fidelity", "solver", "rtol", "atol"}
+    assert set(ours) - set(theirs) == {"eta", "prompt_embeds"}
+    assert [name for name in ours if name in theirs] == shared
+    assert all(ours[name] == theirs[name] for name in shared if name != "num_inference_steps")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_ARGUMENTS if name not in ("sigmas", "fidelity")])
+def test_its_errors_too(name):
+    value, message = BAD_ARGUMENTS[name]
+    pipe = make_ddpm()
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match=message):
+        pipe(random_picture(6, 5), **{name: value})
+    for image, message in BAD_IMAGES.values():
+        with pytest.raises(ValueError, match=message):
+            pipe(image)
+
+
+def test_tiled_equals_whole_for_a_local_network():
+    pipe, picture = make_ddpm(make_unet(**CONCATENATION)), random_picture(31, 20)
+    latents = torch.randn(1, 3, 80, 124, generator=seeded())
+    whole, tiled = (pipe(picture, 2, latents=latents, tile=tile, output_type="pt").images for tile in (None, 8))
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
 def test_save_and_load_round_trip(tmp_path):
     pipe = make_ddpm(target="image")
     pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for name in ("image_encoder", "image_mean", "image_std", "image_size", "bicubic_coefficient"):
+        index.pop(name)  # folders from before there were encoders
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     loaded = DDPMSRPipeline.from_pretrained(tmp_path, disable_mmap=True)
     assert loaded.config.target == "image"
     outs = [p(random_picture(5, 4), 2, generator=seeded(), output_type="pt").images for p in (pipe, loaded)]
