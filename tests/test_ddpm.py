@@ -4,6 +4,7 @@ import inspect
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from diffusers.configuration_utils import register_to_config
 from test_pipeline import BAD_ARGUMENTS, BAD_IMAGES
 
 from flowsr import ContextUNetSRModel, DDPMSRPipeline, FlowMatchSRPipeline
+from flowsr.cli import main
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -330,6 +332,22 @@ def test_tiled_equals_whole_for_a_local_network():
     latents = torch.randn(1, 3, 80, 124, generator=seeded())
     whole, tiled = (pipe(picture, 2, latents=latents, tile=tile, output_type="pt").images for tile in (None, 8))
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+def test_the_command_line_takes_it(tmp_path, capsys):
+    make_ddpm().save_pretrained(tmp_path / "folder")
+    random_picture(6, 5).save(tmp_path / "a.png")
+    arguments = ["--checkpoint", str(tmp_path / "folder"), "--steps", "2"]
+    assert main(["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "large"), *arguments]) == 0
+    assert PIL.Image.open(tmp_path / "large/a.png").size == (24, 20)
+    (tmp_path / "hr").mkdir()
+    random_picture(24, 20).save(tmp_path / "hr/a.png")
+    assert main(["evaluate", str(tmp_path / "hr"), *arguments]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    assert main(["info", *arguments[:2]]) == 0
+    assert "DDIMScheduler, squaredcos_cap_v2 betas, of the residual" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "hr"), *arguments, "--fidelity", "0.5"]) == 1
+    assert "a dial of flow matching" in capsys.readouterr().err
 
 
 def test_save_and_load_round_trip(tmp_path):
