@@ -80,11 +80,33 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
     elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
         raise ValueError(f"There is no checkpoint folder {checkpoint}.")
     try:
-        pipe = flowsr.FlowMatchSRPipeline.from_pretrained(str(where)).to(device)
+        pipe = super_resolution_class(str(where)).from_pretrained(str(where)).to(device)
         return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
     except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error
+
+
+def super_resolution_class(checkpoint: str) -> type:
+    """The class of a saved pipeline: of flow matching or of diffusion."""
+    from diffusers import DiffusionPipeline
+
+    import flowsr
+
+    kind = DiffusionPipeline.load_config(checkpoint)["_class_name"]
+    kind = kind[-1] if isinstance(kind, (list, tuple)) else kind  # self-contained folders name their file too
+    if kind not in ("FlowMatchSRPipeline", "DDPMSRPipeline"):
+        raise ValueError(f"it is a {kind}, which does not upscale.")
+    return getattr(flowsr, kind)
+
+
+def dial(options: argparse.Namespace, pipe) -> dict:
+    """`fidelity` where it is asked for, which a diffusion does not have."""
+    if options.fidelity and type(pipe).__name__ == "DDPMSRPipeline":
+        raise ValueError(
+            f"`--fidelity` is a dial of flow matching, and {options.checkpoint} is a diffusion; leave it."
+        )
+    return {"fidelity": options.fidelity} if options.fidelity else {}
 
 
 def upscale(options: argparse.Namespace) -> int:
@@ -97,6 +119,7 @@ def upscale(options: argparse.Namespace) -> int:
     inputs = find_pictures(options.input)
     targets = plan_targets(inputs, Path(options.output))
     pipe = load(options.checkpoint, options.device, options.dtype)
+    fidelity = dial(options, pipe)
     pipe.set_progress_bar_config(disable=True)
     failures = []
     for source, target in (bar := tqdm(list(zip(inputs, targets)), unit="picture", disable=None)):
@@ -106,10 +129,10 @@ def upscale(options: argparse.Namespace) -> int:
             large = pipe(
                 image,
                 num_inference_steps=options.steps,
-                fidelity=options.fidelity,
                 consistency=options.consistency,
                 tile=options.tile or None,
                 generator=torch.Generator().manual_seed(options.seed),
+                **fidelity,
             ).images[0]
             target.parent.mkdir(parents=True, exist_ok=True)
             save_picture(large, target)
@@ -168,11 +191,11 @@ def evaluate(options: argparse.Namespace) -> int:
         pipe,
         pairs,
         steps=options.steps,
-        fidelity=options.fidelity,
         consistency=options.consistency,
         seed=options.seed,
         tile=options.tile or None,
         lpips_weights=options.lpips_weights,
+        **dial(options, pipe),
     )
     print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
     print(markdown_table(result))
@@ -196,9 +219,13 @@ def info(options: argparse.Namespace) -> int:
     print(f"checkpoint       {options.checkpoint}")
     print(f"scale            x{pipe.scale_factor}")
     print(f"network          {type(pipe.unet).__name__}, {pipe.unet.num_parameters():,} parameters")
-    print(f"widths           {tuple(unet.block_out_channels)} on patches of {unet.patch_size} HR pixels")
-    print(f"flow             from {flow.source} with noise of std {flow.source_noise_std}, {flow.path} path, "
-          f"predicts the {flow.prediction_type}")  # fmt: skip
+    print(f"widths           {tuple(unet.block_out_channels)} on patches of {unet.get('patch_size', 1)} HR pixels")
+    if "source" in flow:
+        print(f"flow             from {flow.source} with noise of std {flow.source_noise_std}, {flow.path} path")
+    else:
+        kind, target = type(pipe.scheduler).__name__, pipe.config.target
+        print(f"diffusion        {kind}, {flow.beta_schedule} betas, of the {target}")
+    print(f"predicts         the {flow.prediction_type}")
     print(
         "tiles            " + ("blended (attention or group norm)" if field is None else f"exact, halo {field} pixels")
     )

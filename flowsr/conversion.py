@@ -1,4 +1,4 @@
-"""Checkpoints of the original projects as pipelines of this library.
+"""Checkpoints of the original projects and of train_sr.py, and single files, as pipelines of this library.
 
 A format is recognised by its keys, sizes are read off the shapes, every key must find its place, and pickles are
 opened without executing anything.
@@ -6,15 +6,20 @@ opened without executing anything.
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import re
+import tempfile
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler
-from safetensors.torch import load_file
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import flowsr
 from flowsr import (
     ContextUNetSRModel,
     DDPMSRPipeline,
@@ -75,18 +80,27 @@ def state_of(checkpoint: dict, ema: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPipeline | DDPMSRPipeline:
-    """A pipeline from an original checkpoint.
+def convert(path: str | Path, ema: bool = True, scale: int = 4) -> DiffusionPipeline:
+    """A pipeline from a checkpoint of any kind.
 
     Args:
-        path: the file.
+        path: file of an original project; single file of [`write_single_file`]; pipeline folder; or checkpoint folder
+            of train_sr.py, with settings.yaml beside it.
         ema (`bool`): take the averaged weights of a training state.
-        scale (`int`): HR pixels per LR pixel, which the weights do not tell.
+        scale (`int`): HR pixels per LR pixel, which the weights of the original projects do not tell.
 
     Raises:
         ConversionError: if the file cannot be read or its format is not known.
     """
-    state = state_of(read_checkpoint(path), ema)
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        return assemble(*read_folder(path))
+    if path.is_dir():
+        return convert_training(path, ema)
+    checkpoint = read_checkpoint(path)
+    if path.suffix == ".safetensors" and "model_index.json" in (texts := read_metadata(path)):
+        return assemble(texts, checkpoint)
+    state = state_of(checkpoint, ema)
     if {"in_conv.weight", "mid_attn.qkv.weight", "time_mlp.net.0.weight"} <= set(state):
         return convert_flow_matching(state, scale)
     if {"init_conv.weight", "context_extractor.projection.weight", "final_conv.weight"} <= set(state):
@@ -94,16 +108,159 @@ def convert(path: str | Path, ema: bool = True, scale: int = 4) -> FlowMatchSRPi
     raise ConversionError(
         f"{path}: no known format; its first keys are {sorted(state)[:5]}. Known: the flow-matching x4 project "
         "(in_conv, down_blocks, mid1, mid_attn, mid2, up_blocks, out_conv), the DDPM project (init_conv, downs, "
-        "bottleneck, ups, context_extractor, final_conv)."
+        "bottleneck, ups, context_extractor, final_conv), single files of this library (model_index.json in their "
+        "metadata)."
     )
 
 
-def load_all(unet: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Loads weights of which none may be missing or left over."""
+def load_all(network: torch.nn.Module, state: dict[str, torch.Tensor], keep_types: bool = False) -> None:
+    """Loads weights of which none may be missing or left over, in the type of the network or in their own."""
     try:
-        unet.load_state_dict(state, strict=True)
+        network.load_state_dict(state, strict=True, assign=keep_types)
     except RuntimeError as error:
-        raise ConversionError(f"The weights do not fit the network that their shapes suggest: {error}") from error
+        raise ConversionError(f"The weights do not fit the network of their shapes or config: {error}") from error
+
+
+# A pipeline as the texts of its JSON files and its weights: the content of a folder, and that of a single file, whose
+# weights carry the name of their component as a prefix and whose metadata are the texts.
+
+
+def read_folder(folder: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The JSON files of a pipeline folder by their relative path, and its weights as `component.name`."""
+    texts, weights = {"model_index.json": (folder / "model_index.json").read_text()}, {}
+    for name in components_in(texts):
+        for file in sorted((folder / name).glob("*.json")):
+            if not file.name.endswith(".index.json"):  # which shard holds what: not so in another file
+                texts[f"{name}/{file.name}"] = file.read_text()
+        for file in sorted((folder / name).glob("*.safetensors")):
+            found = {f"{name}.{key}": value for key, value in read_checkpoint(file).items()}
+            if found.keys() & weights.keys():
+                raise ConversionError(f"{folder / name} holds the same weights more than once; leave one variant.")
+            weights |= found
+    return texts, weights
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_single_file(pipe: DiffusionPipeline, path: str | Path) -> None:
+    """Writes all weights and configs of a pipeline as one .safetensors file, which [`convert`] reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        texts, weights = read_folder(Path(folder))
+        save_file(weights, path, metadata=texts)
+
+
+def components_in(texts: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that model_index.json names."""
+    index = json.loads(texts["model_index.json"])
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return {name: tuple(pair) for name, pair in pairs.items() if all(isinstance(part, str) for part in pair)}
+
+
+def assemble(texts: dict[str, str], weights: dict[str, torch.Tensor]) -> DiffusionPipeline:
+    """The pipeline of [`read_folder`]'s texts and weights. Code beside them is not looked at.
+
+    Raises:
+        ConversionError: for a class that this library does not know, and for weights that are missing or left over.
+    """
+    import transformers
+
+    index = json.loads(texts["model_index.json"])
+    of_components = {name: {} for name in components_in(texts)}
+    for key, value in weights.items():
+        component, _, name = key.partition(".")
+        if component not in of_components:
+            raise ConversionError(f"The weight {key} belongs to none of {sorted(of_components)}.")
+        of_components[component][name] = value
+    parts = {name: value for name, value in index.items() if not name.startswith("_")}
+    for name, (library, kind) in components_in(texts).items():
+        state, configs = of_components[name], [text for path, text in texts.items() if path.startswith(f"{name}/")]
+        if len(configs) != 1:
+            raise ConversionError(f"The component {name} needs one config, found {len(configs)}.")
+        places = (transformers,) if library == "transformers" else (flowsr, diffusers)
+        cls = class_of(kind, places, (ModelMixin, SchedulerMixin, transformers.PreTrainedModel))
+        if issubclass(cls, transformers.PreTrainedModel):
+            parts[name] = load_encoder(cls, configs[0], state)
+            continue
+        parts[name] = cls.from_config(json.loads(configs[0]))
+        if isinstance(parts[name], torch.nn.Module):
+            load_all(parts[name].eval(), state, keep_types=True)
+        elif state:
+            raise ConversionError(f"The component {name} is a {kind}, which has no weights, but some came.")
+    for name, value in parts.items():
+        if value == [None, None]:  # an optional component that is not there
+            parts[name] = None
+    return class_of(index["_class_name"], (flowsr,), (DiffusionPipeline,))(**parts)
+
+
+def class_of(kind: str | list[str], places: tuple, bases: tuple[type, ...]) -> type:
+    """The class of that name; of a pair of file and class, as self-contained folders have it, the second."""
+    kind = kind[-1] if isinstance(kind, (list, tuple)) else kind
+    found = next((getattr(module, kind) for module in places if hasattr(module, kind)), None)
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        raise ConversionError(f"A {kind} is wanted, which {' and '.join(m.__name__ for m in places)} do not have.")
+    return found
+
+
+def load_encoder(cls: type, config: str, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A model of transformers from the content of its files, by its own loader: it renames weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(config)
+        save_file(state, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        model, found = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in found.items() if keys}
+    if wrong:
+        raise ConversionError(f"The weights do not fit the {cls.__name__} of the config: {wrong}.")
+    return model
+
+
+# Checkpoints of train_sr.py: a folder that accelerate wrote, with the settings of the run beside it.
+
+
+def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
+    """The pipeline that the run would have left had it ended at this checkpoint; without `ema` the raw weights."""
+    import yaml
+
+    weights, beside = folder / "model.safetensors", folder.parent / "settings.yaml"
+    if not weights.is_file() or not beside.is_file():
+        raise ConversionError(
+            f"{folder} is neither a pipeline folder (with model_index.json) nor a checkpoint of train_sr.py (with "
+            "model.safetensors, and settings.yaml beside the folder)."
+        )
+    settings = yaml.safe_load(beside.read_text())
+    if settings.get("lora_rank"):
+        raise ConversionError(
+            f"{folder} holds adapters, which are merged at the end of a run; go on with `--resume_from_checkpoint "
+            "latest` and `--max_train_steps` as many as it has done."
+        )
+    pipe, state = untrained(settings), read_checkpoint(weights)
+    if ema:
+        registered = [read_checkpoint(file) for file in sorted(folder.glob("custom_checkpoint_*.pkl"))]
+        averages = [found["shadow_params"] for found in registered if "shadow_params" in found]
+        names = [name for name, _ in pipe.unet.named_parameters()]  # in the order in which EMAModel keeps them
+        if len(averages) != 1 or len(averages[0]) != len(names):
+            raise ConversionError(f"{folder} has no averaged weights for this network; see `--weights`.")
+        state |= dict(zip(names, averages[0]))
+    load_all(pipe.unet, state)
+    pipe.unet.eval()
+    return pipe
+
+
+def untrained(settings: dict) -> DiffusionPipeline:
+    """The pipeline that a run of train_sr.py starts with; classes that are not named are those of the script."""
+    if start := settings.get("pretrained_model_name_or_path"):
+        kind = DiffusionPipeline.load_config(start)["_class_name"]
+        return class_of(kind, (flowsr,), (DiffusionPipeline,)).from_pretrained(start)
+    configs = {name: dict(settings.get(name) or {}) for name in ("pipeline", "unet", "scheduler")}
+    kinds = {name: config.pop("_class_name", None) for name, config in configs.items()}
+    pipeline = class_of(kinds["pipeline"] or "FlowMatchSRPipeline", (flowsr,), (DiffusionPipeline,))
+    steps = "DDIMScheduler" if pipeline is DDPMSRPipeline else "FlowMatchSREulerScheduler"
+    unet = class_of(kinds["unet"] or "UNetSRModel", (flowsr, diffusers), (ModelMixin,))
+    scheduler = class_of(kinds["scheduler"] or steps, (flowsr, diffusers), (SchedulerMixin,))
+    return pipeline(unet=unet(**configs["unet"]), scheduler=scheduler(**configs["scheduler"]), **configs["pipeline"])
 
 
 # The flow-matching project: pictures in [0, 1], t from 0 (noise) to 1 (picture), velocity = picture - noise, the state
@@ -186,7 +343,7 @@ def reverse_time(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([of_cos * f.sin() - of_sin * f.cos(), of_sin * f.sin() + of_cos * f.cos()], dim=1).to(weight)
 
 
-# The DDPM project: the residual over the upsampled LR in [-1, 1], cosine betas, DDIM.
+# The DDPM project: the residual over the upsampled LR (the cubic of torch and OpenCV) in [-1, 1], cosine betas, DDIM.
 
 
 def prediction_type(path: str | Path) -> str:
@@ -222,7 +379,7 @@ def convert_diffusion(state: dict[str, torch.Tensor], scale: int, prediction: st
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return DDPMSRPipeline(unet.eval(), scheduler, target="residual")
+    return DDPMSRPipeline(unet.eval(), scheduler, target="residual", bicubic_coefficient=-0.75)
 
 
 def diffusion_name(key: str, levels: int, blocks: int) -> str:

@@ -81,13 +81,14 @@ def evaluate(
     def flow(count: int):
         def upscale(lr: PIL.Image.Image) -> PIL.Image.Image:
             generator = torch.Generator().manual_seed(seed)
+            dial = {"fidelity": fidelity} if fidelity else {}  # which the diffusion pipeline does not have
             return pipe(
                 lr,
                 num_inference_steps=count,
-                fidelity=fidelity,
                 consistency=consistency,
                 generator=generator,
                 tile=tile,
+                **dial,
             ).images[0]
 
         return upscale

@@ -101,17 +101,17 @@ class ContextAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [ContextAttnProcessor]
     _supports_qkv_fusion = False
 
-    def __init__(self, channels: int, heads: int, cross: bool):
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None):
         super().__init__()
         if channels % heads:
             raise ValueError(
                 f"`num_attention_heads` must divide the deepest width, got {heads} heads for {channels} channels."
             )
         self.heads, self.inner_dim, self.query_dim = heads, channels, channels
-        self.use_bias, self.is_cross_attention = True, cross
+        self.use_bias, self.is_cross_attention = True, context_dim is not None
         self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(context_dim or channels, channels)
+        self.to_v = nn.Linear(context_dim or channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
         self.set_processor(self._default_processor_cls())
 
@@ -122,10 +122,10 @@ class ContextAttention(nn.Module, AttentionModuleMixin):
 class ContextTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the context, feed-forward; each behind a layer norm, each added."""
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, context_dim: int):
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(channels), ContextAttention(channels, heads, cross=False)
-        self.norm2, self.attn2 = nn.LayerNorm(channels), ContextAttention(channels, heads, cross=True)
+        self.norm1, self.attn1 = nn.LayerNorm(channels), ContextAttention(channels, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(channels), ContextAttention(channels, heads, context_dim)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
@@ -166,6 +166,10 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         num_attention_heads (`int`): of every attention.
         time_embedding_dim (`int`): sines and cosines of the timestep; the MLP behind them is 4 times as wide.
         context_channels (`int`): width of the convolutions that read the LR.
+        cross_attention_dim (`int`, *optional*): width of the context tokens that the caller gives, those of a vision
+            encoder for instance; by default the network makes its own by convolutions on the LR.
+        concatenate_lr (`bool`): also put the LR, upsampled by bicubic interpolation, beside the state: for contexts
+            that tell what a picture shows, but not its pixels.
         condition_dropout (`float`): share of training crops whose context was zeroed; guidance needs more than 0.
 
     Raises:
@@ -190,6 +194,8 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         num_attention_heads: int = 4,
         time_embedding_dim: int = 32,
         context_channels: int = 128,
+        cross_attention_dim: int | None = None,
+        concatenate_lr: bool = False,
         condition_dropout: float = 0.0,
     ):
         super().__init__()
@@ -206,15 +212,19 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             return ContextStage(ContextResBlock(i, width, temb_dim, norm_num_groups) for i in ins)
 
         self.time_embedding = TimestepEmbedding(time_embedding_dim, temb_dim)
-        self.context_extractor = LRContextExtractor(lr_channels, context_channels, last, norm_num_groups)
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.context_extractor = None
+        if cross_attention_dim is None:
+            self.context_extractor = LRContextExtractor(lr_channels, context_channels, last, norm_num_groups)
+        self.conv_in = nn.Conv2d(in_channels + lr_channels * concatenate_lr, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(stage(widths[max(level - 1, 0)], w) for level, w in enumerate(widths))
         self.up_blocks = nn.ModuleList(stage(2 * w, w) for w in widths)
         self.downsamplers = nn.ModuleList(nn.Conv2d(w, w, 4, stride=2, padding=1) for w in widths[:-1])
         self.upsamplers = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.mid_blocks = nn.ModuleList(ContextResBlock(last, last, temb_dim, norm_num_groups) for _ in range(2))
         # On the way down, in the middle, on the way up.
-        self.transformer_blocks = nn.ModuleList(ContextTransformerBlock(last, num_attention_heads) for _ in range(3))
+        self.transformer_blocks = nn.ModuleList(
+            ContextTransformerBlock(last, num_attention_heads, cross_attention_dim or last) for _ in range(3)
+        )
         self.norm_out = group_norm(widths[0], norm_num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 1)
         self.gradient_checkpointing = False
@@ -235,6 +245,7 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         timestep: torch.Tensor | float,
         lr: torch.Tensor,
         drop_condition: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> ContextUNetSROutput | tuple[torch.Tensor]:
         """The network's prediction (epsilon, v or sample: as trained) at a noisy state.
@@ -243,10 +254,13 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             sample (`torch.Tensor` of shape `(batch, in_channels, H, W)`): the state x_t.
             timestep (`float` or `torch.Tensor` of shape `()` or `(batch,)`): in [0, 1000).
             lr (`torch.Tensor` of shape `(batch, lr_channels, H / scale_factor, W / scale_factor)`, in [-1, 1]).
-            drop_condition (`torch.BoolTensor` of shape `(batch,)`): where true the context is zeroed.
+            drop_condition (`torch.BoolTensor` of shape `(batch,)`): where true the context is zeroed, and so is the LR
+                beside the state.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, tokens, cross_attention_dim)`): the context, for a
+                network that does not make its own.
 
         Raises:
-            ValueError: where sizes do not fit.
+            ValueError: where sizes do not fit, or the context is missing or not expected.
         """
         config, (height, width) = self.config, sample.shape[-2:]
         if sample.shape[1] != config.in_channels or height % self.size_multiple or width % self.size_multiple:
@@ -257,19 +271,32 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         wanted = (sample.shape[0], config.lr_channels, height // config.scale_factor, width // config.scale_factor)
         if tuple(lr.shape) != wanted:
             raise ValueError(f"`lr` must have shape {wanted} for this sample, got {tuple(lr.shape)}.")
+        given, width = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape), None
+        if config.cross_attention_dim is not None:
+            width = (sample.shape[0], "tokens", config.cross_attention_dim)
+        if (given is None) != (width is None) or (given is not None and (given[0], given[-1]) != (width[0], width[2])):
+            raise ValueError(f"`encoder_hidden_states` must have shape {width} for this network, got {given}.")
 
         # Time and context.
         dtype = self.conv_in.weight.dtype
         timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32).expand(sample.shape[0])
         temb = get_timestep_embedding(timestep, config.time_embedding_dim, downscale_freq_shift=0)
         temb = self.time_embedding(temb.to(dtype))
-        context = self.context_extractor(lr.to(dtype))  # (b, h * w, last width)
+        context = encoder_hidden_states
+        if context is None:
+            context = self.context_extractor(lr.to(dtype))  # (b, h * w, last width)
+        context, state = context.to(dtype), sample.to(dtype)
         if drop_condition is not None:
             context = context * ~drop_condition[:, None, None]
+        if config.concatenate_lr:
+            lr_up = F.interpolate(lr, size=sample.shape[-2:], mode="bicubic", antialias=True).to(dtype)
+            if drop_condition is not None:
+                lr_up = lr_up * ~drop_condition[:, None, None, None]
+            state = torch.cat([state, lr_up], dim=1)
 
         # Down, middle, up.
         levels, (down, middle, up) = len(self.down_blocks), self.transformer_blocks
-        h, skips = self.conv_in(sample.to(dtype)), []
+        h, skips = self.conv_in(state), []
         for level in range(levels):
             h = self.down_blocks[level](h, temb)
             if level == levels - 1:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .pictures import Picture
 
@@ -69,4 +72,36 @@ def check_inputs(
         raise ValueError(
             "float16 is thousands of times slower than float32 on a CPU; use pipe.to(torch.bfloat16) or "
             "pipe.to(torch.float32)."
+        )
+
+
+def check_diffusion(scheduler: SchedulerMixin, unet: torch.nn.Module, num_inference_steps: int) -> None:
+    """Raises a ValueError for a scheduler that cannot reverse the diffusion that a network was trained on."""
+    name, config = type(scheduler).__name__, scheduler.config
+    predicts = config.get("prediction_type")
+    if (
+        not hasattr(scheduler, "alphas_cumprod")
+        or config.get("use_flow_sigmas")
+        or predicts not in ("epsilon", "v_prediction", "sample")
+    ):
+        raise ValueError(
+            f"{name} (prediction_type {predicts!r}) does not reverse a diffusion with betas; take DDIMScheduler, "
+            "DDPMScheduler, DPMSolverMultistepScheduler or another that does. Flows go with FlowMatchSRPipeline."
+        )
+    arguments = inspect.signature(scheduler.step).parameters.values()
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind is not a.VAR_KEYWORD]
+    if needed != ["model_output", "timestep", "sample"] or "Inverse" in name:
+        raise ValueError(
+            f"{name} is made for another task than going from noise to a picture (its step takes {needed}); take "
+            "DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler or another for sampling."
+        )
+    if "learned" in (config.get("variance_type") or "") and unet.config.out_channels == unet.config.in_channels:
+        raise ValueError(
+            f"{name} expects a learned variance (`variance_type={config.variance_type!r}`), which this network does "
+            "not predict; set `variance_type='fixed_small'`."
+        )
+    if isinstance(num_inference_steps, int) and num_inference_steps > config.num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` must not exceed the {config.num_train_timesteps} steps of the diffusion, got "
+            f"{num_inference_steps}."
         )

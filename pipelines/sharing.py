@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 HELPERS = (
     "checks.py",
     "consistency.py",
+    "context.py",
     "conventions.py",
     "pictures.py",
     "prior.py",
@@ -41,7 +42,9 @@ class SelfContainedMixin:
         source = inspect.getsourcefile(type(self))
         shutil.copyfile(source, os.path.join(save_directory, "pipeline.py"))
         for helper in HELPERS:
-            shutil.copyfile(os.path.join(os.path.dirname(source), helper), os.path.join(save_directory, helper))
+            path_of_helper = os.path.join(os.path.dirname(source), helper)
+            if os.path.isfile(path_of_helper):  # remote code arrives with those alone that its pipeline imports
+                shutil.copyfile(path_of_helper, os.path.join(save_directory, helper))
         for name, component in self.components.items():
             cls = type(component)
             if component is None or cls.__module__.split(".")[0] in ("diffusers", "transformers"):

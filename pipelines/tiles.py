@@ -16,6 +16,7 @@ def predict(
     lr: torch.Tensor,
     tile: int | None = None,
     guidance_scale: float = 1.0,
+    encoder_hidden_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The network at one state, with classifier-free guidance on the LR (Ho and Salimans 2022, eq. 6, as 1 + w).
 
@@ -23,11 +24,15 @@ def predict(
         unet: called as `unet(x_t, timestep, lr)`; knows `config.scale_factor`, `size_multiple` and `receptive_field`.
         x_t (`torch.Tensor` of shape `(n, c, scale * h, scale * w)`), lr (`(n, 3, h, w)`).
         tile (`int`, *optional*): side of a tile in LR pixels; `None` for the whole picture at once.
+        encoder_hidden_states (`torch.Tensor` of shape `(n, tokens, width)`, *optional*): context of the whole picture,
+            given to each tile.
     """
-    prediction = predict_in_tiles(unet, x_t, timestep, lr, tile, drop_condition=False)
+    options = {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states}
+    prediction = predict_in_tiles(unet, x_t, timestep, lr, tile, options)
     if guidance_scale == 1:
         return prediction
-    without = predict_in_tiles(unet, x_t, timestep, lr, tile, drop_condition=True)
+    options["drop_condition"] = torch.ones(len(lr), dtype=torch.bool, device=lr.device)
+    without = predict_in_tiles(unet, x_t, timestep, lr, tile, options)
     return without + guidance_scale * (prediction - without)
 
 
@@ -37,9 +42,9 @@ def predict_in_tiles(
     timestep: torch.Tensor,
     lr: torch.Tensor,
     tile: int | None,
-    drop_condition: bool,
+    options: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """The network at one state, with or without the LR features.
+    """The network at one state; `options` go to every call of it.
 
     Where `unet.receptive_field` is a number, each tile sees that much around it, and the result is that of the whole
     picture. Where it is `None` (normalisation over positions, attention), tiles overlap by a quarter and are blended:
@@ -49,7 +54,7 @@ def predict_in_tiles(
     multiple = math.lcm(unet.size_multiple, scale) // scale  # LR pixels
     height, width = lr.shape[-2:]
     if tile is None or (height <= tile and width <= tile):
-        return evaluate(unet, x_t, timestep, lr, multiple, drop_condition)
+        return evaluate(unet, x_t, timestep, lr, multiple, options)
 
     exact = unet.receptive_field is not None
     if exact:
@@ -59,7 +64,7 @@ def predict_in_tiles(
     total, weight = torch.zeros_like(x_t), torch.zeros_like(x_t[:1, :1])
     for piece in tiles:
         seen, kept = enlarged(piece.seen, scale), enlarged(piece.kept, scale)
-        answer = evaluate(unet, x_t[(..., *seen)], timestep, lr[(..., *piece.seen)], multiple, drop_condition)
+        answer = evaluate(unet, x_t[(..., *seen)], timestep, lr[(..., *piece.seen)], multiple, options)
         inner = tuple(slice(k.start - s.start, k.stop - s.start) for k, s in zip(kept, seen))
         answer = answer[(..., *inner)]
         overlap = 0 if exact else tile // 4 * scale
@@ -76,20 +81,18 @@ def evaluate(
     timestep: torch.Tensor,
     lr: torch.Tensor,
     multiple: int,
-    drop_condition: bool,
+    options: dict[str, torch.Tensor],
 ) -> torch.Tensor:
     """One network call; LR sides that are no multiple of `multiple` are extended by their edge, and cut off again."""
     scale = unet.config.scale_factor
     height, width = lr.shape[-2:]
     right, bottom = -width % multiple, -height % multiple
-    if unet.receptive_field is None and (height, width) == (1, 1):
-        right = bottom = multiple  # a norm over positions needs more than one
+    padded, one = (height + bottom, width + right), unet.size_multiple // scale
+    if unet.receptive_field is None and padded in ((1, 1), (one, one)):
+        right += multiple  # a norm over positions needs more than one, on the LR grid and at the deepest level
     if right or bottom:
         lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
         x_t = F.pad(x_t, (0, right * scale, 0, bottom * scale), mode="replicate")
-    options = {}
-    if drop_condition:
-        options["drop_condition"] = torch.ones(len(lr), dtype=torch.bool, device=lr.device)
     answer = unet(x_t, timestep, lr, return_dict=False, **options)[0]
     return answer[..., : height * scale, : width * scale]
 

@@ -1,15 +1,31 @@
 """Original checkpoints: the same numbers here, and no surprises from files that are something else."""
 
+import json
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
+from conftest import make_pipeline, make_unet
+from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
 
-from flowsr import ContextUNetSRModel, DDPMSRPipeline, FlowMatchSRPipeline
-from flowsr.conversion import ConversionError, convert, diffusion_name, reverse_time
+from flowsr import (
+    ContextUNetSRModel,
+    DDPMSRPipeline,
+    FlowMatchPipeline,
+    FlowMatchSREulerScheduler,
+    FlowMatchSRPipeline,
+)
+from flowsr.conversion import ConversionError, convert, diffusion_name, reverse_time, write_single_file
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT.parent / "shared/fixtures"
@@ -47,6 +63,7 @@ def test_the_ddpm_project_keeps_its_numbers(tmp_path):
         output = pipe.unet(expected["noise"], expected["timestep"], expected["lr"]).sample
     error = (output - expected["model_output"]).abs().max() / expected["model_output"].abs().max()
     assert error < 1e-5
+    assert pipe.config.bicubic_coefficient == -0.75  # the original upsamples with the cubic of OpenCV and torch
     image, noise = (expected["lr"] + 1) / 2, expected["noise"]
     residual = pipe(image=image, latents=noise, num_inference_steps=10, output_type="latent").images
     assert (residual - expected["residual_10_ddim_steps"]).abs().max() < 1e-4
@@ -234,3 +251,162 @@ def test_files_that_are_something_else_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err, name
     assert run(tmp_path / "other.pt", tmp_path / "full") == 1
     assert "not empty" in capsys.readouterr().err
+
+
+def make_one_of(kind: str):
+    """A pipeline of each class, with settings that are not the defaults."""
+    if kind == "flow matching":
+        return make_pipeline({"evaluate_at": "middle"}, scale_factor=2, patch_size=2).to(torch.bfloat16)
+    if kind == "generator":
+        unet = make_unet(
+            in_channels=1, out_channels=1, lr_channels=None, scale_factor=1, patch_size=1, precondition=False
+        )
+        scheduler = FlowMatchSREulerScheduler(source="noise", source_noise_std=1.0, prediction_type="velocity")
+        return FlowMatchPipeline(unet, scheduler, sample_size=[8, 12], data_range=[0.0, 1.0])
+    unet = {"block_out_channels": (8,), "layers_per_block": 1, "time_embedding_dim": 8}
+    if kind == "diffusion":
+        return DDPMSRPipeline(ContextUNetSRModel(**unet, context_channels=8), DDIMScheduler(), target="image")
+    encoder = Dinov2Model(
+        Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    )
+    half = [0.5, 0.5, 0.5]
+    network = ContextUNetSRModel(**unet, cross_attention_dim=12)
+    return DDPMSRPipeline(network, DDIMScheduler(), image_encoder=encoder, image_mean=half, image_std=half)
+
+
+def test_every_weight_of_an_encoder_is_accounted_for(tmp_path, capsys):
+    path = tmp_path / "one.safetensors"
+    write_single_file(make_one_of("diffusion with an encoder"), path)
+    with safe_open(path, "pt") as file:
+        texts = file.metadata()
+    weights = load_file(path)
+    key = "image_encoder.layernorm.weight"
+    for tensors in ({**weights, f"{key}s": weights[key] + 1}, {k: v for k, v in weights.items() if k != key}):
+        save_file(tensors, path, metadata=texts)
+        assert run(path, tmp_path / "out") == 1
+        assert "layernorm.weight" in capsys.readouterr().err.split("do not fit the Dinov2Model")[1]
+
+
+@pytest.mark.parametrize("kind", ["flow matching", "generator", "diffusion", "diffusion with an encoder"])
+def test_folder_to_single_file_and_back_bit_for_bit(kind, tmp_path):
+    pipe, folder, again = make_one_of(kind), tmp_path / "folder", tmp_path / "again"
+    pipe.save_pretrained(folder)
+    assert run(folder, tmp_path / "one.safetensors") == 0
+    assert run(tmp_path / "one.safetensors", again) == 0
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    assert files == sorted(str(file.relative_to(again)) for file in again.rglob("*") if file.is_file())
+    single = load_file(tmp_path / "one.safetensors")
+    for name in files:
+        if name.endswith(".safetensors"):
+            first, second = load_file(folder / name), load_file(again / name)
+            assert first.keys() == second.keys()
+            for key, value in first.items():
+                packed = single.pop(f"{Path(name).parent}.{key}")
+                for other in (second[key], packed):
+                    assert value.dtype == other.dtype
+                    assert torch.equal(value, other)
+        elif name.endswith(".json"):
+            assert json.loads((folder / name).read_text()) == json.loads((again / name).read_text())
+        else:
+            assert (folder / name).read_bytes() == (again / name).read_bytes()
+    assert not single
+    assert type(type(pipe).from_pretrained(again)) is type(pipe)
+
+
+def test_single_files_that_do_not_fit_are_named(tmp_path, capsys):
+    pipe, path = make_one_of("diffusion"), tmp_path / "one.safetensors"
+    pipe.save_pretrained(tmp_path / "folder")
+    assert run(tmp_path / "folder", path) == 0
+    with safe_open(path, "pt") as file:
+        texts = file.metadata()
+    weights = load_file(path)
+    index = texts["model_index.json"]
+    strange = index.replace("DDIMScheduler", "Popen"), index.replace("DDPMSRPipeline", "DDIMPipeline")
+    without = {key: value for key, value in weights.items() if key != "unet.conv_in.bias"}
+    cases = {
+        "conv_in.bias": (without, texts),
+        "unet.more": ({**weights, "unet.more": torch.zeros(1)}, texts),
+        "belongs to none of": ({**weights, "vae.more": torch.zeros(1)}, texts),
+        "has no weights": ({**weights, "scheduler.more": torch.zeros(1)}, texts),
+        "A Popen is wanted": (weights, {**texts, "model_index.json": strange[0]}),
+        "A DDIMPipeline is wanted": (
+            weights,
+            {**texts, "model_index.json": strange[1]},
+        ),
+        "one config": (weights, {key: text for key, text in texts.items() if not key.startswith("unet/")}),
+    }
+    capsys.readouterr()
+    for message, (tensors, metadata) in cases.items():
+        save_file(tensors, path, metadata=metadata)
+        assert run(path, tmp_path / "out") == 1
+        assert message.removeprefix("unet.") in capsys.readouterr().err
+    assert run(tmp_path / "folder", path) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    shutil.copy(tmp_path / "folder/unet/diffusion_pytorch_model.safetensors", tmp_path / "folder/unet/x.safetensors")
+    assert run(tmp_path / "folder", tmp_path / "other.safetensors") == 1
+    assert "more than once" in capsys.readouterr().err
+
+
+def test_a_training_checkpoint_is_the_pipeline_that_the_run_leaves(photo_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    call = [
+        sys.executable, str(ROOT / "train_sr.py"), "--config", "configs/tiny.yaml", "--train_data_dir", photo_folder,
+        "--output_dir", out, "--max_train_steps", "2", "--num_validation_images", "0", "--learning_rate", "0.01",
+        "--lr_warmup_steps", "0",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(out / "checkpoint-2", tmp_path / "averaged") == 0
+    assert run(out / "checkpoint-2", tmp_path / "raw", "--weights", "model") == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    left, averaged, raw = (load_file(folder / weights) for folder in (out, tmp_path / "averaged", tmp_path / "raw"))
+    trained = load_file(out / "checkpoint-2/model.safetensors")
+    assert left.keys() == averaged.keys() == raw.keys() == trained.keys()
+    assert all(torch.equal(left[key], averaged[key]) and torch.equal(trained[key], raw[key]) for key in left)
+    assert not torch.equal(left["conv_out.weight"], raw["conv_out.weight"])
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((tmp_path / "averaged" / name).read_text())
+    capsys.readouterr()
+    (out / "checkpoint-2/custom_checkpoint_0.pkl").unlink()
+    assert run(out / "checkpoint-2", tmp_path / "none") == 1
+    assert "no averaged weights" in capsys.readouterr().err
+    assert run(out / "checkpoint-2/..", tmp_path / "whole") == 0  # the run's folder is a pipeline folder
+    assert run(photo_folder, tmp_path / "none") == 1
+    assert "neither a pipeline folder" in capsys.readouterr().err
+
+
+def test_training_checkpoints_of_every_pipeline(tmp_path, capsys):
+    unet = {"_class_name": "ContextUNetSRModel", "block_out_channels": [8], "layers_per_block": 1}
+    settings = {
+        "pipeline": {"_class_name": "DDPMSRPipeline", "target": "image"}, "unet": unet,
+        "scheduler": {"prediction_type": "sample"},
+    }  # fmt: skip
+    network = ContextUNetSRModel(**{key: value for key, value in unet.items() if key != "_class_name"})
+    averages = EMAModel(network.parameters(), decay=0.5)
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(network)
+    accelerator.register_for_checkpointing(averages)
+    for parameter in network.parameters():
+        torch.nn.init.ones_(parameter)
+    accelerator.save_state(tmp_path / "checkpoint-1")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    averaged, raw = (convert(tmp_path / "checkpoint-1", ema=ema) for ema in (True, False))
+    for pipe in (averaged, raw):
+        assert type(pipe) is DDPMSRPipeline
+        assert pipe.config.target == "image"
+        assert pipe.scheduler.config.prediction_type == "sample"
+    assert all(torch.equal(a, b) for a, b in zip(raw.unet.parameters(), prepared.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(averaged.unet.parameters(), averages.shadow_params))
+
+    raw.save_pretrained(tmp_path / "start")  # fine-tuning takes the configs from there
+    (tmp_path / "settings.yaml").write_text(
+        yaml.safe_dump({"unet": {}, "pretrained_model_name_or_path": str(tmp_path / "start")})
+    )
+    tuned = convert(tmp_path / "checkpoint-1")
+    assert type(tuned) is DDPMSRPipeline
+    assert tuned.config.target == "image"
+    assert torch.equal(tuned.unet.conv_in.weight, averaged.unet.conv_in.weight)
+
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**settings, "lora_rank": 4}))
+    assert run(tmp_path / "checkpoint-1", tmp_path / "out") == 1
+    assert "holds adapters" in capsys.readouterr().err
