@@ -1,4 +1,4 @@
-"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr demo`."""
+"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr card`, `flowsr demo`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,14 @@ def parser() -> argparse.ArgumentParser:
 
     command(info, "Describe a checkpoint and this machine.")
 
+    described = "Write the model card of a pipeline folder from its evaluation.json, settings.yaml and example.*."
+    made = commands.add_parser("card", help=described, description=described)
+    made.set_defaults(run=card)
+    made.add_argument("folder", help="of a saved pipeline")
+    made.add_argument("--results", nargs="+", default=[], metavar="NAME=JSON", help="of `flowsr evaluate --json`")
+    made.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
+    made.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
+
     made = command(demo, "Upscale the example photo and compare with bicubic and the original.")
     made.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
     made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
@@ -72,19 +80,15 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
     import flowsr
 
     logging.disable_progress_bar()
-    where = Path(checkpoint)
-    if where.exists() and not (where / "model_index.json").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint folder: it has no model_index.json.")
-    if not where.exists() and "/" not in checkpoint:
-        where = flowsr.bundled(checkpoint)
-    elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
-        raise ValueError(f"There is no checkpoint folder {checkpoint}.")
+    logging.set_verbosity_error()  # what matters comes as an error
+    where = flowsr.bundled(checkpoint) if not Path(checkpoint).exists() and "/" not in checkpoint else checkpoint
     try:
-        pipe = flowsr.FlowMatchSRPipeline.from_pretrained(str(where)).to(device)
+        pipe = flowsr.FlowMatchSRPipeline.from_pretrained(where).to(device)
         return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
     except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error
+        reason = reason if reason.startswith(where) else f"The checkpoint {checkpoint} cannot be loaded: {reason}"
+        raise ValueError(reason) from error
 
 
 def upscale(options: argparse.Namespace) -> int:
@@ -204,6 +208,19 @@ def info(options: argparse.Namespace) -> int:
     )
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(f"device           {device}")
+    return 0
+
+
+def card(options: argparse.Namespace) -> int:
+    from flowsr.publish import publish, write_card
+
+    wrong = [given for given in options.results if "=" not in given]
+    if wrong:
+        raise ValueError(f"`--results` takes NAME=JSON, such as Set5=set5.json; got {wrong[0]}.")
+    results = dict(given.split("=", 1) for given in options.results)
+    print(write_card(options.folder, options.push_to_hub, options.license, results))
+    if options.push_to_hub:
+        print(publish(options.folder, options.push_to_hub))
     return 0
 
 
