@@ -218,9 +218,10 @@ def card(options: argparse.Namespace) -> int:
     if wrong:
         raise ValueError(f"`--results` takes NAME=JSON, such as Set5=set5.json; got {wrong[0]}.")
     results = dict(given.split("=", 1) for given in options.results)
-    print(write_card(options.folder, options.push_to_hub, options.license, results))
     if options.push_to_hub:
-        print(publish(options.folder, options.push_to_hub))
+        print(publish(options.folder, options.push_to_hub, options.license, results))
+    else:
+        print(write_card(options.folder, license=options.license, results=results))
     return 0
 
 

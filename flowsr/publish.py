@@ -86,10 +86,17 @@ def refuse_handwritten(card: ModelCard, place: str) -> None:
         raise ValueError(f"{place} was written by hand. To have a card written above it, begin its text by\n{KEPT}")
 
 
-def publish(folder: str | Path, repo_id: str, license: str | None = None, private: bool | None = None) -> str:
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    license: str | None = None,
+    results: dict[str, str | Path] | None = None,
+    private: bool | None = None,
+) -> str:
     """Writes the card of a pipeline folder and uploads it, with weights, code, numbers and example.
 
-    Neither settings nor logs nor states of a training are uploaded; the card has the settings, without paths.
+    Neither settings nor logs nor states of a training are uploaded; the card has the settings, without paths. Words
+    below the last line of a card on the Hub stay, where the card in the folder has none.
 
     Returns:
         The address of the commit.
@@ -98,13 +105,17 @@ def publish(folder: str | Path, repo_id: str, license: str | None = None, privat
         ValueError: for a folder without a pipeline, or a card written by hand, here or on the Hub.
         OSError: where the Hub does not answer or refuses; the repository is then what it was.
     """
+    folder, pipe = Path(folder), load_any(folder)
+    readme = folder / "README.md"
     with clear_errors(repo_id, "was not changed on the Hub"):
         try:
-            refuse_handwritten(ModelCard.load(repo_id), f"README.md of {repo_id} on the Hub")
+            theirs = ModelCard.load(repo_id)
+            refuse_handwritten(theirs, f"README.md of {repo_id} on the Hub")
+            if not readme.is_file() or not readme.read_text().partition(KEPT)[2].strip():
+                theirs.save(readme)
         except (RepositoryNotFoundError, EntryNotFoundError):
             pass
-    folder, pipe = Path(folder), load_any(folder)
-    write_card(folder, repo_id, license)
+    write_card(folder, repo_id, license, results)
     with tempfile.TemporaryDirectory() as made:
         for part in [*(folder / name for name in pipe.components), *folder.glob("example.*")]:
             if part.is_dir():

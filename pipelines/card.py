@@ -77,8 +77,10 @@ def model_card(
     )
 
     def load(cls: str, library: str, trust: str = "") -> str:
-        call = "large = pipe(image).images[0]" if upscales else "pictures = pipe(batch_size=4).images"
-        return LOAD.format(before=f"from {library} import {cls}\n", cls=cls, name=name, trust=trust, call=call)
+        before, call = f"from {library} import {cls}\n", "pictures = pipe(batch_size=4).images"
+        if upscales:
+            before, call = f"{before}from PIL import Image\n", 'large = pipe(Image.open("small.png")).images[0]'
+        return LOAD.format(before=before, cls=cls, name=name, trust=trust, call=call)
 
     scale = f" x{pipe.scale_factor}" if upscales else ""
     size = f"{pipe.unet.num_parameters():,} parameters (`{type(pipe.unet).__name__}`)"
@@ -94,7 +96,7 @@ def model_card(
     if settings:
         folders = [folders] if isinstance(folders, str) else folders or []
         parts += ["## Training", f"On {', '.join([dataset] if dataset else folders) or 'data not named'}."]
-        parts += [f"```yaml\n{yaml_dump(settings)}```"]
+        parts += [f"```yaml\n{yaml_dump(settings, sort_keys=False)}```"]
     parts += ["## Intended use and limits", LIMITS if upscales else GENERATOR_LIMITS, "## Licence"]
     weights = f"The weights: {license}." if license else "None has been chosen for the weights yet: ask before use."
     parts += [f"{weights} The code beside them is that of flowsr: Apache-2.0.", KEPT]

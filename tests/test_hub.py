@@ -333,6 +333,9 @@ def push_from_the_commands(folder):
     said["described"] = call(*card, "--results", f"Set5={folder}/a.json")
     said["again"] = call(*card)
     said["commits"] = len(hub.repos["me/trained"])
+    files = hub.repos["me/trained"][-1]
+    hub.repos["me/trained"].append({**files, "README.md": files["README.md"] + b"\n## Written on the Hub\n"})
+    call(*card)
     said["files"] = sorted(hub.repos["me/trained"][-1])
     said["card"] = hub.repos["me/trained"][-1]["README.md"].decode()
     hub.repos["me/written"] = [{"README.md": b"My own words."}]
@@ -361,6 +364,7 @@ def test_the_commands_push_too(tmp_path):
     assert sum(name.endswith(".py") for name in said["files"]) == 3
     assert "license: cc0-1.0" in said["card"]
     assert "31.25" in said["card"]
+    assert said["card"].endswith("## Written on the Hub\n")
     assert "learning_rate: 0.001" in said["card"]
     assert str(tmp_path) not in said["card"]
     status, text = said["by hand"]
