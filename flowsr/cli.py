@@ -1,4 +1,4 @@
-"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr demo`."""
+"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr card`, `flowsr demo`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,14 @@ def parser() -> argparse.ArgumentParser:
 
     command(info, "Describe a checkpoint and this machine.")
 
+    described = "Write the model card of a pipeline folder from its evaluation.json, settings.yaml and example.*."
+    made = commands.add_parser("card", help=described, description=described)
+    made.set_defaults(run=card)
+    made.add_argument("folder", help="of a saved pipeline")
+    made.add_argument("--results", nargs="+", default=[], metavar="NAME=JSON", help="of `flowsr evaluate --json`")
+    made.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
+    made.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
+
     made = command(demo, "Upscale the example photo and compare with bicubic and the original.")
     made.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
     made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
@@ -72,32 +80,29 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
     import flowsr
 
     logging.disable_progress_bar()
-    where = Path(checkpoint)
-    if where.exists() and not (where / "model_index.json").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint folder: it has no model_index.json.")
-    if not where.exists() and "/" not in checkpoint:
-        where = flowsr.bundled(checkpoint)
-    elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
-        raise ValueError(f"There is no checkpoint folder {checkpoint}.")
+    logging.set_verbosity_error()  # what matters comes as an error
+    where = flowsr.bundled(checkpoint) if not Path(checkpoint).exists() and "/" not in checkpoint else checkpoint
     try:
-        pipe = super_resolution_class(str(where)).from_pretrained(str(where)).to(device)
+        pipe = super_resolution_class(where).from_pretrained(where).to(device)
         return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
     except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error
+        reason = reason if reason.startswith(where) else f"The checkpoint {checkpoint} cannot be loaded: {reason}"
+        raise ValueError(reason) from error
 
 
 def super_resolution_class(checkpoint: str) -> type:
-    """The class of a saved pipeline: of flow matching or of diffusion."""
+    """The class of a saved pipeline that upscales; where it cannot be told, the one whose loader says why."""
     from diffusers import DiffusionPipeline
 
     import flowsr
 
-    kind = DiffusionPipeline.load_config(checkpoint)["_class_name"]
+    try:
+        kind = DiffusionPipeline.load_config(checkpoint)["_class_name"]
+    except (OSError, KeyError):
+        return flowsr.FlowMatchSRPipeline
     kind = kind[-1] if isinstance(kind, (list, tuple)) else kind  # self-contained folders name their file too
-    if kind not in ("FlowMatchSRPipeline", "DDPMSRPipeline"):
-        raise ValueError(f"it is a {kind}, which does not upscale.")
-    return getattr(flowsr, kind)
+    return flowsr.DDPMSRPipeline if kind == "DDPMSRPipeline" else flowsr.FlowMatchSRPipeline
 
 
 def dial(options: argparse.Namespace, pipe) -> dict:
@@ -231,6 +236,20 @@ def info(options: argparse.Namespace) -> int:
     )
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(f"device           {device}")
+    return 0
+
+
+def card(options: argparse.Namespace) -> int:
+    from flowsr.publish import publish, write_card
+
+    wrong = [given for given in options.results if "=" not in given]
+    if wrong:
+        raise ValueError(f"`--results` takes NAME=JSON, such as Set5=set5.json; got {wrong[0]}.")
+    results = dict(given.split("=", 1) for given in options.results)
+    if options.push_to_hub:
+        print(publish(options.folder, options.push_to_hub, options.license, results))
+    else:
+        print(write_card(options.folder, license=options.license, results=results))
     return 0
 
 

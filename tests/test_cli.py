@@ -161,7 +161,7 @@ def test_info_and_demo(checkpoint, tmp_path, capsys):
 def test_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "flowsr.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("upscale", "evaluate", "info", "demo"):
+    for command in ("upscale", "evaluate", "info", "card", "demo"):
         assert command in done.stdout
 
 
