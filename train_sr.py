@@ -13,7 +13,6 @@ pipeline lands in `--output_dir`, with the settings, the metrics and pictures of
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import signal
@@ -37,7 +36,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 import flowsr
-from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel, checkpoints
+from flowsr import FlowMatchSREulerScheduler, checkpoints
+from flowsr.components import pipeline_from
 from flowsr.data import CropDataset, Cropping, CropStream, load_images, smaller_than
 from flowsr.degradations import CHAINS, degrade
 from flowsr.lpips import SqueezeLPIPS
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> None:
     set_seed(settings.seed)
 
     # Pipeline, network and scheduler.
-    pipe = make_pipeline(settings)
+    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler, settings.pretrained_model_name_or_path)
     unet, scheduler = pipe.unet.train(), pipe.scheduler
     is_flow = isinstance(scheduler, FlowMatchSREulerScheduler)
     upscales = unet.config.lr_channels is not None
@@ -472,40 +472,6 @@ def main(arguments: list[str]) -> None:
         pipe.save_pretrained(output_dir, push_to_hub=bool(settings.push_to_hub), repo_id=settings.push_to_hub)
         accelerator.print(f"The pipeline is in {output_dir}.")
     accelerator.end_training()
-
-
-def make_pipeline(settings: Settings):
-    """The pipeline to train, from the three configs or from another pipeline."""
-    if settings.pretrained_model_name_or_path:
-        config = diffusers.DiffusionPipeline.load_config(settings.pretrained_model_name_or_path)
-        return class_named(config, FlowMatchSRPipeline, "pipeline").from_pretrained(
-            settings.pretrained_model_name_or_path
-        )
-    pipeline = class_named(settings.pipeline, FlowMatchSRPipeline, "pipeline")
-    default = diffusers.DDIMScheduler if pipeline is flowsr.DDPMSRPipeline else FlowMatchSREulerScheduler
-    unet = build(class_named(settings.unet, UNetSRModel, "unet"), settings.unet, "unet")
-    scheduler = build(class_named(settings.scheduler, default, "scheduler"), settings.scheduler, "scheduler")
-    return build(pipeline, {**settings.pipeline, "unet": unet, "scheduler": scheduler}, "pipeline")
-
-
-def class_named(config: dict, default: type, name: str) -> type:
-    """The class that a config names in `_class_name`, of flowsr or else of diffusers."""
-    wanted = config.get("_class_name", default.__name__)
-    wanted = wanted[-1] if isinstance(wanted, (list, tuple)) else wanted  # self-contained folders name their file too
-    found = getattr(flowsr, wanted, None) or getattr(diffusers, wanted, None)
-    if not inspect.isclass(found):
-        raise ValueError(f"`{name}`: neither flowsr nor diffusers has a class {wanted!r}.")
-    return found
-
-
-def build(cls: type, config: dict, name: str):
-    """A component from its config; unknown keys are named, with those that exist."""
-    config = {key: value for key, value in config.items() if key != "_class_name"}
-    known = list(inspect.signature(cls.__init__).parameters)[1:]
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        raise ValueError(f"`{name}` has unknown settings {unknown}; {cls.__name__} knows {known}.")
-    return cls(**config)
 
 
 def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> None:

@@ -58,6 +58,16 @@ def parser() -> argparse.ArgumentParser:
 
     command(info, "Describe a checkpoint and this machine.")
 
+    described = "Show what a training degradation does to a picture: a grid of draws, enlarged, beside the original."
+    made = commands.add_parser("degrade", help=described, description=described)
+    made.set_defaults(run=degrade)
+    made.add_argument("input", help="picture file")
+    made.add_argument("-o", "--output", default="degraded.png", help="picture file (default: degraded.png)")
+    made.add_argument("--degradation", default="real_esrgan", help="bicubic, bsrgan or real_esrgan (the default)")
+    made.add_argument("--scale", type=int, default=4, help="HR pixels per LR pixel (default: 4)")
+    made.add_argument("--count", type=int, default=7, help="draws (default: 7)")
+    made.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
     described = "Write the model card of a pipeline folder from its evaluation.json, settings.yaml and example.*."
     made = commands.add_parser("card", help=described, description=described)
     made.set_defaults(run=card)
@@ -250,6 +260,28 @@ def card(options: argparse.Namespace) -> int:
         print(publish(options.folder, options.push_to_hub, options.license, results))
     else:
         print(write_card(options.folder, license=options.license, results=results))
+    return 0
+
+
+def degrade(options: argparse.Namespace) -> int:
+    import numpy as np
+    import PIL.Image
+
+    from flowsr import degradations
+
+    if options.scale < 1 or options.count < 1:
+        raise ValueError(f"`--scale` and `--count` must be positive, got {options.scale} and {options.count}.")
+    with PIL.Image.open(options.input) as picture:
+        hr = degradations.cut_to_multiple(np.asarray(picture.convert("RGB")), options.scale)
+    if 0 in hr.shape:
+        raise ValueError(f"{options.input} is smaller than one pixel of LR at scale {options.scale}.")
+    random = np.random.default_rng(options.seed)
+    draws = [degradations.degrade(hr, options.scale, options.degradation, random) for _ in range(options.count)]
+    panels = [hr, *(draw.repeat(options.scale, axis=0).repeat(options.scale, axis=1) for draw in draws)]
+    panels += [np.full_like(hr, 255)] * (-len(panels) % 4)
+    rows = [np.concatenate(panels[start : start + 4], axis=1) for start in range(0, len(panels), 4)]
+    PIL.Image.fromarray(np.concatenate(rows)).save(options.output)
+    print(f"{options.output}: the original and {options.count} draws of {options.degradation}, seed {options.seed}.")
     return 0
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flowsr import DDPMSRPipeline, FlowMatchPipeline, FlowMatchSRPipeline, UNetSRModel
+from flowsr.components import pipeline_from
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"block_out_channels": [8], "layers_per_block": 1, "mid_layers": 0, "time_embedding_dim": 8}
@@ -272,7 +273,7 @@ def test_every_config_makes_its_pipeline(path, monkeypatch):
     a_file = ["--lpips_weights", __file__]  # settings only look whether it is there
     settings = train_sr.parse_settings(["--config", str(path), "--seed", "7", *a_file])
     assert settings.seed == 7
-    pipe = train_sr.make_pipeline(settings)
+    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler)
     flow = type(pipe.scheduler).__name__ == "FlowMatchSREulerScheduler"
     train_sr.check_objective(settings, pipe, flow, pipe.unet.config.lr_channels is not None)
 
