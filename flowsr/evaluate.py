@@ -66,7 +66,7 @@ def evaluate(
     tile: int | None = None,
     lpips_weights: str | None = None,
 ) -> dict:
-    """Means of bicubic and of the pipeline at each number of steps: PSNR-Y, SSIM-Y, LR-PSNR, detail, LPIPS if to be had.
+    """Mean PSNR-Y, SSIM-Y, LR-PSNR, detail and LPIPS of bicubic and of the pipeline at each number of steps.
 
     Returns:
         `dict`: `rows`, one per method, with `images` holding the numbers of each picture; and the settings.

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, tmp_path):
     content = bytearray(broken.read_bytes())
     content[-1] ^= 1
     broken.write_bytes(content)
-    done = run(out, "--max_train_steps", 7, "--resume_from_checkpoint", "latest")
+    done = run(out, "--max_train_steps", 7, "--checkpointing_steps", 3, "--resume_from_checkpoint", "latest")
     assert "checkpoint-6 is damaged and passed over: model.safetensors is not what was written" in done.output
     assert "3 steps, 12 crops" in done.output
     done = run(out, "--max_train_steps", 7, "--resume_from_checkpoint", out / "checkpoint-6")
