@@ -13,7 +13,6 @@ pipeline lands in `--output_dir`, with the settings, the metrics and pictures of
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import signal
@@ -37,7 +36,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 import flowsr
-from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel, checkpoints
+from flowsr import FlowMatchSREulerScheduler, checkpoints
+from flowsr.components import pipeline_from
 from flowsr.data import CropDataset, Cropping, CropStream, load_images, smaller_than
 from flowsr.degradations import CHAINS, degrade
 from flowsr.lpips import SqueezeLPIPS
@@ -52,7 +52,7 @@ from flowsr.objectives import (
     sigmas_for,
     timesteps_for,
 )
-from flowsr.validation import coupling_grid, generated_grid, measure, plot_curves
+from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal, as shells have it
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> None:
     set_seed(settings.seed)
 
     # Pipeline, network and scheduler.
-    pipe = make_pipeline(settings)
+    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler, settings.pretrained_model_name_or_path)
     unet, scheduler = pipe.unet.train(), pipe.scheduler
     is_flow = isinstance(scheduler, FlowMatchSREulerScheduler)
     upscales = unet.config.lr_channels is not None
@@ -371,12 +371,12 @@ def main(arguments: list[str]) -> None:
         record = {"event": "validation", "step": progress.step}
         if upscales:
             distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
-            measured, grids["bicubic_sr_hr"] = measure(pipe, held_out_pairs, steps, distance_of_pictures, {})
+            measured, grids["bicubic_sr_hr"] = measure(pipe, pairs, steps, distance_of_pictures)
             record |= measured
             if is_flow:
-                grids["lr_source_sr_hr"] = coupling_grid(pipe, held_out_pairs, steps[-1], {})
+                grids["lr_source_sr_hr"] = coupling_grid(pipe, pairs, steps[-1])
         else:
-            grids["samples"] = generated_grid(pipe, steps[-1], {})
+            grids["samples"] = generated_grid(pipe, steps[-1])
         log(accelerator, output_dir, record)
         accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=progress.step)
         accelerator.print(record)
@@ -393,7 +393,7 @@ def main(arguments: list[str]) -> None:
         ema.restore(trainable(unet))
         unet.train()
 
-    held_out_pairs = [pair_of(cropping, image) for image in held_out] if upscales else []
+    pairs = [pair_of(cropping, row) for row in held_out] if upscales else []
     objective = flow_matching_loss if is_flow else diffusion_loss
 
     # A signal to end is answered after the optimiser step that it falls in, by all processes.
@@ -474,40 +474,6 @@ def main(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def make_pipeline(settings: Settings):
-    """The pipeline to train, from the three configs or from another pipeline."""
-    if settings.pretrained_model_name_or_path:
-        config = diffusers.DiffusionPipeline.load_config(settings.pretrained_model_name_or_path)
-        return class_named(config, FlowMatchSRPipeline, "pipeline").from_pretrained(
-            settings.pretrained_model_name_or_path
-        )
-    pipeline = class_named(settings.pipeline, FlowMatchSRPipeline, "pipeline")
-    default = diffusers.DDIMScheduler if pipeline is flowsr.DDPMSRPipeline else FlowMatchSREulerScheduler
-    unet = build(class_named(settings.unet, UNetSRModel, "unet"), settings.unet, "unet")
-    scheduler = build(class_named(settings.scheduler, default, "scheduler"), settings.scheduler, "scheduler")
-    return build(pipeline, {**settings.pipeline, "unet": unet, "scheduler": scheduler}, "pipeline")
-
-
-def class_named(config: dict, default: type, name: str) -> type:
-    """The class that a config names in `_class_name`, of flowsr or else of diffusers."""
-    wanted = config.get("_class_name", default.__name__)
-    wanted = wanted[-1] if isinstance(wanted, (list, tuple)) else wanted  # self-contained folders name their file too
-    found = getattr(flowsr, wanted, None) or getattr(diffusers, wanted, None)
-    if not inspect.isclass(found):
-        raise ValueError(f"`{name}`: neither flowsr nor diffusers has a class {wanted!r}.")
-    return found
-
-
-def build(cls: type, config: dict, name: str):
-    """A component from its config; unknown keys are named, with those that exist."""
-    config = {key: value for key, value in config.items() if key != "_class_name"}
-    known = list(inspect.signature(cls.__init__).parameters)[1:]
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        raise ValueError(f"`{name}` has unknown settings {unknown}; {cls.__name__} knows {known}.")
-    return cls(**config)
-
-
 def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> None:
     """Refuses what does not go together, before any work."""
     unet, scheduler, name = pipe.unet.config, pipe.scheduler.config, type(pipe).__name__
@@ -519,13 +485,14 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
     if is_flow and scheduler.source == "prior":
         raise ValueError("`source: prior` cannot be trained yet; train with `source: lr` or noise.")
-    if getattr(unet, "precondition", False) and (scheduler.source, scheduler.path) != ("lr", "linear"):
-        raise ValueError(
-            "`precondition: true` is made for `source: lr` and `path: linear`, got "
-            f"{scheduler.source} and {scheduler.path}; set `precondition: false` in `unet`."
-        )
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
+    path = (scheduler.get("source"), scheduler.get("path"))
+    if getattr(unet, "precondition", False) and path != ("lr", "linear"):
+        raise ValueError(
+            "`precondition: true` is made for flows with `source: lr` and `path: linear`, got "
+            f"{path[0]} and {path[1]}; set `precondition: false` in `unet`."
+        )
     if settings.overfit and settings.streaming:
         raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
 
@@ -550,7 +517,7 @@ def hold_out(images, settings: Settings, accelerator: Accelerator):
     """Pictures to train on and pictures to validate with, after a look at their sizes."""
     count = settings.num_validation_images
     if settings.streaming:
-        return images.skip(count), [row["image"] for row in images.take(count)]
+        return images.skip(count), list(images.take(count))
     small = smaller_than(images, settings.resolution) if settings.resize_to is None else {}
     if small and settings.small_images == "refuse":
         raise ValueError(
@@ -572,7 +539,7 @@ def hold_out(images, settings: Settings, accelerator: Accelerator):
             f"`train_batch_size` is {settings.train_batch_size}, but there are only {kept} pictures to train on; "
             "lower it, and raise `gradient_accumulation_steps` instead."
         )
-    return images.select(range(kept)), [images[number]["image"] for number in range(kept, len(images))]
+    return images.select(range(kept)), [images[number] for number in range(kept, len(images))]
 
 
 def make_optimizer(settings: Settings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -596,12 +563,12 @@ def upsampled(lr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(lr, size=hr.shape[-2:], mode="bicubic", antialias=True)
 
 
-def pair_of(cropping: Cropping, image: Image.Image):
-    """A held-out picture and its LR by the degradation of the run; uint8 `(h, w, c)`."""
-    hr, lr = cropping.pair(image)
+def pair_of(cropping: Cropping, row: dict) -> Pair:
+    """A held-out picture and its LR by the degradation of the run."""
+    hr, lr = cropping.pair(row["image"])
     if lr is None:
         lr = degrade(hr, cropping.scale, cropping.degradation, np.random.default_rng(cropping.seed))
-    return hr, lr
+    return Pair(hr, lr, row.get("label"))
 
 
 def dataformats(tracker) -> dict:

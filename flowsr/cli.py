@@ -1,4 +1,4 @@
-"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr demo`."""
+"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr card`, `flowsr demo`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,24 @@ def parser() -> argparse.ArgumentParser:
 
     command(info, "Describe a checkpoint and this machine.")
 
+    described = "Show what a training degradation does to a picture: a grid of draws, enlarged, beside the original."
+    made = commands.add_parser("degrade", help=described, description=described)
+    made.set_defaults(run=degrade)
+    made.add_argument("input", help="picture file")
+    made.add_argument("-o", "--output", default="degraded.png", help="picture file (default: degraded.png)")
+    made.add_argument("--degradation", default="real_esrgan", help="bicubic, bsrgan or real_esrgan (the default)")
+    made.add_argument("--scale", type=int, default=4, help="HR pixels per LR pixel (default: 4)")
+    made.add_argument("--count", type=int, default=7, help="draws (default: 7)")
+    made.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+    described = "Write the model card of a pipeline folder from its evaluation.json, settings.yaml and example.*."
+    made = commands.add_parser("card", help=described, description=described)
+    made.set_defaults(run=card)
+    made.add_argument("folder", help="of a saved pipeline")
+    made.add_argument("--results", nargs="+", default=[], metavar="NAME=JSON", help="of `flowsr evaluate --json`")
+    made.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
+    made.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
+
     made = command(demo, "Upscale the example photo and compare with bicubic and the original.")
     made.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
     made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
@@ -72,32 +90,29 @@ def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
     import flowsr
 
     logging.disable_progress_bar()
-    where = Path(checkpoint)
-    if where.exists() and not (where / "model_index.json").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint folder: it has no model_index.json.")
-    if not where.exists() and "/" not in checkpoint:
-        where = flowsr.bundled(checkpoint)
-    elif not where.exists() and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):
-        raise ValueError(f"There is no checkpoint folder {checkpoint}.")
+    logging.set_verbosity_error()  # what matters comes as an error
+    where = flowsr.bundled(checkpoint) if not Path(checkpoint).exists() and "/" not in checkpoint else checkpoint
     try:
-        pipe = super_resolution_class(str(where)).from_pretrained(str(where)).to(device)
+        pipe = super_resolution_class(where).from_pretrained(where).to(device)
         return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
     except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"The checkpoint {checkpoint} cannot be loaded: {reason}") from error
+        reason = reason if reason.startswith(where) else f"The checkpoint {checkpoint} cannot be loaded: {reason}"
+        raise ValueError(reason) from error
 
 
 def super_resolution_class(checkpoint: str) -> type:
-    """The class of a saved pipeline: of flow matching or of diffusion."""
+    """The class of a saved pipeline that upscales; where it cannot be told, the one whose loader says why."""
     from diffusers import DiffusionPipeline
 
     import flowsr
 
-    kind = DiffusionPipeline.load_config(checkpoint)["_class_name"]
+    try:
+        kind = DiffusionPipeline.load_config(checkpoint)["_class_name"]
+    except (OSError, KeyError):
+        return flowsr.FlowMatchSRPipeline
     kind = kind[-1] if isinstance(kind, (list, tuple)) else kind  # self-contained folders name their file too
-    if kind not in ("FlowMatchSRPipeline", "DDPMSRPipeline"):
-        raise ValueError(f"it is a {kind}, which does not upscale.")
-    return getattr(flowsr, kind)
+    return flowsr.DDPMSRPipeline if kind == "DDPMSRPipeline" else flowsr.FlowMatchSRPipeline
 
 
 def dial(options: argparse.Namespace, pipe) -> dict:
@@ -231,6 +246,42 @@ def info(options: argparse.Namespace) -> int:
     )
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(f"device           {device}")
+    return 0
+
+
+def card(options: argparse.Namespace) -> int:
+    from flowsr.publish import publish, write_card
+
+    wrong = [given for given in options.results if "=" not in given]
+    if wrong:
+        raise ValueError(f"`--results` takes NAME=JSON, such as Set5=set5.json; got {wrong[0]}.")
+    results = dict(given.split("=", 1) for given in options.results)
+    if options.push_to_hub:
+        print(publish(options.folder, options.push_to_hub, options.license, results))
+    else:
+        print(write_card(options.folder, license=options.license, results=results))
+    return 0
+
+
+def degrade(options: argparse.Namespace) -> int:
+    import numpy as np
+    import PIL.Image
+
+    from flowsr import degradations
+
+    if options.scale < 1 or options.count < 1:
+        raise ValueError(f"`--scale` and `--count` must be positive, got {options.scale} and {options.count}.")
+    with PIL.Image.open(options.input) as picture:
+        hr = degradations.cut_to_multiple(np.asarray(picture.convert("RGB")), options.scale)
+    if 0 in hr.shape:
+        raise ValueError(f"{options.input} is smaller than one pixel of LR at scale {options.scale}.")
+    random = np.random.default_rng(options.seed)
+    draws = [degradations.degrade(hr, options.scale, options.degradation, random) for _ in range(options.count)]
+    panels = [hr, *(draw.repeat(options.scale, axis=0).repeat(options.scale, axis=1) for draw in draws)]
+    panels += [np.full_like(hr, 255)] * (-len(panels) % 4)
+    rows = [np.concatenate(panels[start : start + 4], axis=1) for start in range(0, len(panels), 4)]
+    PIL.Image.fromarray(np.concatenate(rows)).save(options.output)
+    print(f"{options.output}: the original and {options.count} draws of {options.degradation}, seed {options.seed}.")
     return 0
 
 

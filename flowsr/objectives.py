@@ -81,7 +81,7 @@ def uniforms(index: torch.Tensor, seed: int, law: str) -> torch.Tensor:
 
 
 def logit_normal_quantile(u: torch.Tensor) -> torch.Tensor:
-    """Quantile function of the logit-normal law: 1 / (1 + exp(-n)), n standard normal (Esser et al. 2024, section 3.1)."""
+    """Quantile function of the law of 1 / (1 + exp(-n)), n standard normal (Esser et al. 2024, section 3.1)."""
     return torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from flowsr.metrics import psnr_y, ssim_y
@@ -15,17 +17,30 @@ from flowsr.metrics import psnr_y, ssim_y
 GRID_SIDE = 256  # HR pixels shown of each picture
 
 
-def measure(
-    pipe, pairs: list[tuple[np.ndarray, np.ndarray]], steps: list[int], lpips: Callable | None, options: dict
-) -> tuple[dict[str, float], np.ndarray]:
+@dataclass
+class Pair:
+    """A picture and its LR, uint8 `(h, w, 3)`, and its class where the network knows classes."""
+
+    hr: np.ndarray
+    lr: np.ndarray
+    label: int | None = None
+
+    def upscaled(self, pipe, steps: int, seed: int) -> np.ndarray:
+        """What a pipeline makes of the LR; uint8."""
+        options = {} if self.label is None else {"class_labels": self.label}
+        generator = torch.Generator(pipe.device).manual_seed(seed)
+        answer = pipe(Image.fromarray(self.lr), num_inference_steps=steps, generator=generator, **options)
+        return np.asarray(answer.images[0])
+
+
+def measure(pipe, pairs: list[Pair], steps: list[int], lpips: Callable | None) -> tuple[dict[str, float], np.ndarray]:
     """Mean PSNR-Y, SSIM-Y and LPIPS of a super-resolution pipeline, and a grid of what it made.
 
     Args:
         pipe: any of the super-resolution pipelines.
-        pairs: pictures and their LR, uint8 `(h, w, 3)`.
+        pairs (`list[Pair]`): what is upscaled, and what it should become.
         steps (`list[int]`): numbers of inference steps, each measured.
         lpips: distance of two pictures, or `None`.
-        options (`dict`): further arguments of the pipeline's call.
 
     Returns:
         `psnr_y_N`, `ssim_y_N` (and `lpips_N`) for each N of `steps`; and a uint8 grid with one row a picture:
@@ -34,42 +49,39 @@ def measure(
     scale = pipe.scale_factor
     measured: dict[str, list[float]] = {}
     rows = []
-    for number, (hr, lr) in enumerate(pairs):
-        lr = Image.fromarray(lr)
-        row = [np.asarray(lr.resize(hr.shape[1::-1], Image.BICUBIC))]
+    for number, pair in enumerate(pairs):
+        row = [np.asarray(Image.fromarray(pair.lr).resize(pair.hr.shape[1::-1], Image.BICUBIC))]
         for count in steps:
-            generator = torch.Generator(pipe.device).manual_seed(number)
-            sr = np.asarray(pipe(lr, num_inference_steps=count, generator=generator, **options).images[0])
+            sr = pair.upscaled(pipe, count, seed=number)
             row.append(sr)
-            measured.setdefault(f"psnr_y_{count}", []).append(psnr_y(sr, hr, scale))
-            measured.setdefault(f"ssim_y_{count}", []).append(ssim_y(sr, hr, scale))
+            measured.setdefault(f"psnr_y_{count}", []).append(psnr_y(sr, pair.hr, scale))
+            measured.setdefault(f"ssim_y_{count}", []).append(ssim_y(sr, pair.hr, scale))
             if lpips is not None:
-                measured.setdefault(f"lpips_{count}", []).append(lpips(sr, hr))
-        rows.append([*row, hr])
+                measured.setdefault(f"lpips_{count}", []).append(lpips(sr, pair.hr))
+        rows.append([*row, pair.hr])
     return {name: round(float(np.mean(values)), 4) for name, values in measured.items()}, grid(rows)
 
 
-def coupling_grid(pipe, pairs: list[tuple[np.ndarray, np.ndarray]], count: int, options: dict) -> np.ndarray:
-    """One row a picture: `LR | source | SR after count steps | HR`, where the flow starts and where it ends."""
+def coupling_grid(pipe, pairs: list[Pair], steps: int) -> np.ndarray:
+    """One row a picture: `LR | source | SR | HR`, where the flow starts and where it ends."""
     scale, rows = pipe.scale_factor, []
-    for number, (hr, lr) in enumerate(pairs):
+    for number, pair in enumerate(pairs):
         generator = torch.Generator(pipe.device).manual_seed(number)
-        x = torch.from_numpy(lr.copy()).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
-        lr_up = torch.nn.functional.interpolate(x, scale_factor=float(scale), mode="bicubic", antialias=True)
+        x = torch.from_numpy(pair.lr.copy()).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
+        lr_up = F.interpolate(x, scale_factor=float(scale), mode="bicubic", antialias=True)
         source = pipe.scheduler.sample_source(lr_up, generator=generator)[0].permute(1, 2, 0).cpu().numpy()
         source = ((source + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-        generator = torch.Generator(pipe.device).manual_seed(number)
-        sr = np.asarray(pipe(Image.fromarray(lr), num_inference_steps=count, generator=generator, **options).images[0])
-        rows.append([lr.repeat(scale, axis=0).repeat(scale, axis=1), source, sr, hr])
+        nearest = pair.lr.repeat(scale, axis=0).repeat(scale, axis=1)
+        rows.append([nearest, source, pair.upscaled(pipe, steps, seed=number), pair.hr])
     return grid(rows)
 
 
-def generated_grid(pipe, count: int, options: dict, side: int = 8) -> np.ndarray:
+def generated_grid(pipe, steps: int, side: int = 8) -> np.ndarray:
     """`side` x `side` pictures of a generator; those of a row are of one class where it knows classes."""
     classes = pipe.unet.config.num_class_embeds
     labels = [row % classes for row in range(side) for _ in range(side)] if classes else None
     generator = torch.Generator(pipe.device).manual_seed(0)
-    pictures = pipe(side**2, labels, num_inference_steps=count, generator=generator, **options).images
+    pictures = pipe(side**2, labels, num_inference_steps=steps, generator=generator).images
     pictures = [np.asarray(picture.convert("RGB")) for picture in pictures]
     return grid([pictures[row * side : (row + 1) * side] for row in range(side)])
 

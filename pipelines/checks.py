@@ -20,6 +20,28 @@ def check_callback_inputs(pipe: DiffusionPipeline, names: list[str] | None) -> N
         )
 
 
+def read_class_labels(
+    unet: torch.nn.Module, class_labels: int | list[int] | None, count: int, device: torch.device
+) -> torch.Tensor | None:
+    """Class indices of `count` pictures, `(count,)`; no class where there is no label; `None` for a network without.
+
+    Raises:
+        ValueError: for labels that the network does not know, or more or fewer than there are pictures.
+    """
+    classes = getattr(unet.config, "num_class_embeds", None)
+    if classes is None:
+        if class_labels is not None:
+            raise ValueError("`class_labels` were given, but this network knows no classes.")
+        return None
+    labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels] * count
+    if len(labels) != count:
+        raise ValueError(f"`class_labels` must hold one label per picture, got {len(labels)} for {count}.")
+    wrong = [label for label in labels if label is not None and not 0 <= label < classes]
+    if wrong:
+        raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {wrong}.")
+    return torch.tensor([classes if label is None else label for label in labels], device=device)
+
+
 def check_inputs(
     pipe: DiffusionPipeline,
     pictures: list[Picture],

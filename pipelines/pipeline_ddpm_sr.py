@@ -148,8 +148,9 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
                     context = self.encode_image(lr)
                 else:
                     context = prompt_embeds[done // num_images_per_prompt :][: len(lr)].to(lr)
+                conditions = {}
                 if context is not None:
-                    context = context.repeat_interleave(num_images_per_prompt, dim=0)
+                    conditions["encoder_hidden_states"] = context.repeat_interleave(num_images_per_prompt, dim=0)
                 lr = lr.repeat_interleave(num_images_per_prompt, dim=0)
                 lr_up = self.upsample(lr)
                 mine = slice(done, done + len(lr))
@@ -170,7 +171,7 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
                         break
                     self._current_timestep = timestep
                     state = self.scheduler.scale_model_input(x_t, timestep)
-                    prediction = predict(self.unet, state, timestep, lr, tile, self.guidance_scale, context)
+                    prediction = predict(self.unet, state, timestep, lr, tile, self.guidance_scale, conditions)
                     x_t = self.scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import check_callback_inputs
+from .checks import check_callback_inputs, read_class_labels
 from .conventions import ConventionsMixin
 from .sharing import SelfContainedMixin
 from .solvers import SMALLEST_SIGMA, check_solver, integrate
@@ -83,22 +83,17 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
             ValueError: for arguments that cannot be right, before any work.
         """
         config = self.unet.config
-        classes = config.num_class_embeds
-        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels] * batch_size
-        if not labels or num_inference_steps < 1:
-            raise ValueError(f"Nothing to do: {len(labels)} pictures in {num_inference_steps} steps.")
-        if classes is None and class_labels is not None:
-            raise ValueError("`class_labels` were given, but this network knows no classes.")
-        wrong = [label for label in labels if label is not None and not (0 <= label < (classes or 0))]
-        if wrong:
-            raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {wrong}.")
+        count = len(class_labels) if isinstance(class_labels, (list, tuple)) else batch_size
+        if count < 1 or num_inference_steps < 1:
+            raise ValueError(f"Nothing to do: {count} pictures in {num_inference_steps} steps.")
+        given = read_class_labels(self.unet, class_labels, count, self._execution_device)
         if guidance_scale != 1 and class_labels is None:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no class to be guided to.")
         check_solver(solver, callback_on_step_end)
         check_callback_inputs(self, callback_on_step_end_tensor_inputs)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        shape = (len(labels), config.in_channels, *self.config.sample_size)
+        shape = (count, config.in_channels, *self.config.sample_size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
 
@@ -109,10 +104,7 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
             x_t = self.scheduler.sample_source(torch.zeros(shape, device=device), generator=generator)
         else:
             x_t = latents.to(device, torch.float32)
-        given = none = None
-        if classes is not None:
-            given = torch.tensor([classes if label is None else label for label in labels], device=device)
-            none = torch.full_like(given, classes)
+        none = None if given is None else torch.full_like(given, config.num_class_embeds)
 
         # 2. Along the flow.
         def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

