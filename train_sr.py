@@ -52,6 +52,7 @@ from flowsr.objectives import (
     sigmas_for,
     timesteps_for,
 )
+from flowsr.pipelines.prior import estimate
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
@@ -85,6 +86,9 @@ class Settings:
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "start from this pipeline (its config replaces the three above)"}
     )
+    prior: str | None = field(
+        default=None, metadata={"help": "for `source: prior`: an image-to-image model of transformers, frozen"}
+    )
     lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank only (PEFT), merged at the end"})
 
     # Objective.
@@ -114,7 +118,7 @@ class Settings:
     adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     ema_decay: float = field(default=0.999, metadata={"help": "of the weights, per optimiser step"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 (also on a CPU) or fp16 (GPU only)"})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16, fp16 (GPU only) or auto"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
     seed: int = field(default=0, metadata={"help": "of weights, crops, times and noise"})
 
@@ -157,7 +161,7 @@ class Settings:
             "augmentation": ("turns", "flip", "none"),
             "small_images": ("refuse", "skip"),
             "optimizer": ("adamw", "adamw_8bit"),
-            "mixed_precision": ("no", "bf16", "fp16"),
+            "mixed_precision": ("no", "bf16", "fp16", "auto"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -168,12 +172,22 @@ class Settings:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
             raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
+        if self.mixed_precision == "auto":
+            self.mixed_precision = "bf16" if has_fast_bf16() else "no"
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU use bf16.")
         if self.perceptual_weight and not self.lpips_weights:
             raise ValueError("`perceptual_weight` needs `lpips_weights`, a safetensors file; or set it to 0.")
         if self.lpips_weights and not Path(self.lpips_weights).is_file():
             raise ValueError(f"`lpips_weights`: there is no file {self.lpips_weights}.")
+
+
+def has_fast_bf16() -> bool:
+    """Whether GPU or CPU has instructions for it; on a CPU without, bfloat16 is several times slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Progress:
@@ -221,9 +235,13 @@ def main(arguments: list[str]) -> None:
         project_dir=str(output_dir),
     )
     set_seed(settings.seed)
+    for number in (signal.SIGTERM, signal.SIGINT):  # answered after the optimiser step that it falls in, by all
+        signal.signal(number, lambda *_: accelerator.set_trigger())
 
     # Pipeline, network and scheduler.
-    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler, settings.pretrained_model_name_or_path)
+    pipe = pipeline_from(
+        settings.pipeline, settings.unet, settings.scheduler, settings.prior, settings.pretrained_model_name_or_path
+    )
     unet, scheduler = pipe.unet.train(), pipe.scheduler
     is_flow = isinstance(scheduler, FlowMatchSREulerScheduler)
     upscales = unet.config.lr_channels is not None
@@ -306,6 +324,9 @@ def main(arguments: list[str]) -> None:
 
     # What is minimised. Images are in the data range of the pipeline, which is that of the network.
     distance = LOSSES[settings.loss]
+    prior = getattr(pipe, "prior", None)
+    if prior is not None:
+        prior.requires_grad_(False).to(accelerator.device)
     lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
     low, high = getattr(pipe.config, "data_range", (-1.0, 1.0))
     dropout = getattr(accelerator.unwrap_model(unet).config, "condition_dropout", 0.0)
@@ -332,17 +353,18 @@ def main(arguments: list[str]) -> None:
         lr_up = upsampled(conditions["lr"], hr) if upscales else torch.zeros_like(hr)
         sigma = sigmas_for(index, settings.seed, settings.sigma_atom, law=settings.timestep_law)
         timestep = sigma * scheduler.config.num_train_timesteps
-        source = scheduler.sample_source(lr_up, generator=generators_for(index, settings.seed))
+        start = to_data_range(estimate(prior, batch["lr"], scale)) if prior is not None else None
+        source = scheduler.sample_source(lr_up, start, generator=generators_for(index, settings.seed))
         x_t = scheduler.add_noise(hr, source, timestep)
         prediction = unet(x_t, timestep, **conditions).sample
         velocity = scheduler.predict_velocity(prediction, x_t, timestep)
         loss = distance(velocity, scheduler.get_velocity(hr, source, timestep))
         if settings.perceptual_weight or settings.colour_weight:
-            estimate = scheduler.predict_sample(prediction, x_t, timestep)
+            image = scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight:
-            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, estimate, hr, sigma)
+            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, image, hr, sigma)
         if settings.colour_weight:
-            loss = loss + settings.colour_weight * colour_loss(estimate, conditions["lr"])
+            loss = loss + settings.colour_weight * colour_loss(image, conditions["lr"])
         return loss
 
     def diffusion_loss(batch: dict) -> torch.Tensor:
@@ -395,10 +417,6 @@ def main(arguments: list[str]) -> None:
 
     pairs = [pair_of(cropping, row) for row in held_out] if upscales else []
     objective = flow_matching_loss if is_flow else diffusion_loss
-
-    # A signal to end is answered after the optimiser step that it falls in, by all processes.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: accelerator.set_trigger())
 
     # Train.
     unet.train()
@@ -483,8 +501,8 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         raise ValueError(f"{name} upscales: `unet` needs `lr_channels`, got None.")
     if is_flow == (name == "DDPMSRPipeline"):
         raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
-    if is_flow and scheduler.source == "prior":
-        raise ValueError("`source: prior` cannot be trained yet; train with `source: lr` or noise.")
+    if (scheduler.get("source") == "prior") != (getattr(pipe, "prior", None) is not None):
+        raise ValueError("`prior` and `source: prior` in `scheduler` need each other; give both or none.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
     path = (scheduler.get("source"), scheduler.get("path"))

@@ -69,6 +69,23 @@ def lr_psnr(sr: np.ndarray, lr: np.ndarray, scale: int) -> float:
     return psnr(downscale(sr, scale, rounded=False), lr)
 
 
+def detail(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
+    """How much detail there is, right or wrong: energy beyond what the LR grid can hold, of `sr` over that of `hr`.
+
+    1 is the texture of the original, less is smooth, more is grain. Energy is that of luma, in a Hann window, at
+    frequencies of more than 1 / (2 scale) cycles per pixel along either axis. No network judges here.
+    """
+    beyond, energies = None, []
+    for image in inner_luma(sr, hr, scale):
+        window = np.hanning(image.shape[0])[:, None] * np.hanning(image.shape[1])
+        spectrum = np.abs(np.fft.rfft2((image - image.mean()) * window)) ** 2
+        if beyond is None:
+            rows, columns = np.fft.fftfreq(image.shape[0])[:, None], np.fft.rfftfreq(image.shape[1])
+            beyond = np.maximum(np.abs(rows), np.abs(columns)) > 1 / (2 * scale)
+        energies.append(spectrum[beyond].sum())
+    return float(energies[0] / max(energies[1], 1e-12))
+
+
 def load_lpips(weights: str | None) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
     """LPIPS v0.1 (Zhang et al. 2018; lower is better) as a function of two pictures, and what it is in words.
 

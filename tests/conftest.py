@@ -78,10 +78,10 @@ def train_script(tmp_path_factory):
         env={**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))},
     )  # fmt: skip
 
-    def run(*arguments, kill_after=None, terminate_at=None, file_limit=None) -> Finished:
+    def run(*arguments, kill=None, terminate_at=None, file_limit=None) -> Finished:
         log.write_text("")
         request = {
-            "arguments": [str(argument) for argument in arguments], "log": str(log), "kill_after": kill_after,
+            "arguments": [str(argument) for argument in arguments], "log": str(log), "kill": kill,
             "terminate_at": terminate_at, "file_limit": file_limit,
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")

@@ -1,8 +1,8 @@
 """Runs train_sr.py in forks of one process that has done the imports: as from the shell, but seconds sooner.
 
-One JSON line in for each run: `arguments`, `log` (file for its output), `kill_after` (seconds until SIGKILL, or null),
-`terminate_at` (text in the log upon which SIGTERM is sent, or null), `file_limit` (bytes that a file may have, or
-null). One JSON line out: the exit status, negative for a signal.
+One JSON line in for each run: `arguments`, `log` (file for its output), `kill` (null, or what to wait for before
+SIGKILL: that some file exists, then so many seconds), `terminate_at` (text in the log upon which SIGTERM is sent, or
+null), `file_limit` (bytes that a file may have, or null). One JSON line out: the exit status, negative for a signal.
 """
 
 import json
@@ -56,12 +56,17 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         run_script(request)
-    if request["kill_after"] is not None:
-        time.sleep(request["kill_after"])
-        os.kill(child, signal.SIGKILL)
-    while request["terminate_at"] and request["terminate_at"] not in Path(request["log"]).read_text():
-        time.sleep(0.02)
-    if request["terminate_at"]:
-        os.kill(child, signal.SIGTERM)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended = None
+    if request["kill"] is not None or request["terminate_at"]:
+        path, delay = request["kill"] or (None, 0)
+        while ended is None:
+            told = Path(request["log"]).read_text()
+            if os.path.exists(path) if path else (request["terminate_at"] or "") in told:
+                time.sleep(delay)
+                os.kill(child, signal.SIGKILL if request["kill"] else signal.SIGTERM)
+                break
+            time.sleep(0.005)
+            pid, status = os.waitpid(child, os.WNOHANG)
+            ended = status if pid else None
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1] if ended is None else ended)
     print(json.dumps(status), file=answers, flush=True)

@@ -10,7 +10,7 @@ from conftest import make_pipeline, random_picture, smooth_picture
 
 from flowsr.degradations import downscale
 from flowsr.evaluate import evaluate, load_pairs, markdown_table
-from flowsr.metrics import lr_psnr, luma, psnr_y, ssim_y
+from flowsr.metrics import detail, lr_psnr, luma, psnr_y, ssim_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_published = pytest.mark.skipif(
@@ -58,6 +58,17 @@ def test_ssim_equals_its_definition():
                 / ((mean_p**2 + mean_q**2 + c1) * (var_p + var_q + c2))
             )  # fmt: skip
     assert ssim_y(a, b, 4) == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_detail_is_the_energy_beyond_the_lr_grid():
+    y, x = np.mgrid[0:96, 0:96]
+    wave = lambda period, height: height * np.cos(2 * np.pi * x / period) * np.cos(2 * np.pi * y / period)  # noqa: E731
+    grey = lambda levels: np.repeat(np.round(128 + levels)[..., None], 3, axis=-1).astype(np.uint8)  # noqa: E731
+    hr = grey(wave(40, 40) + wave(4, 40))
+    assert detail(hr, hr, 4) == 1
+    assert abs(detail(grey(wave(40, 80) + wave(4, 40)), hr, 4) - 1) < 0.02  # what the LR holds does not count
+    assert abs(detail(grey(wave(40, 40) + wave(4, 20)), hr, 4) - 0.25) < 0.02
+    assert detail(grey(wave(40, 40)), hr, 4) < 0.01
 
 
 def test_lr_psnr_is_bounded_by_rounding_for_a_consistent_picture():

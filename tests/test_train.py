@@ -196,6 +196,28 @@ def test_streams_other_paths_and_further_terms(train_script, photo_folder, tmp_p
     assert FlowMatchSRPipeline.from_pretrained(out).scheduler.config.path == "vp"
 
 
+def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo_folder, tmp_path):
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+    sizes = {"embed_dim": 12, "depths": [1], "num_heads": [2], "window_size": 4, "image_size": 16, "mlp_ratio": 1.0}
+    config = Swin2SRConfig(**sizes, upscale=4, upsampler="pixelshuffledirect")
+    prior = Swin2SRForImageSuperResolution(config)
+    prior.save_pretrained(tmp_path / "prior")
+    arguments = (
+        "--scheduler", '{"source": "prior", "source_noise_std": 0.1, "prediction_type": "velocity"}',
+        "--unet", json.dumps({**SMALL, "precondition": False}), "--max_train_steps", 2, "--logging_steps", 1,
+    )  # fmt: skip
+    out = tmp_path / "run"
+    done = train_script(*tiny(photo_folder, out, *arguments, "--prior", tmp_path / "prior"))
+    assert done.status == 0, done.output
+    pipe = FlowMatchSRPipeline.from_pretrained(out)
+    kept = pipe.prior.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in prior.state_dict().items())
+    done = train_script(*tiny(photo_folder, out, *arguments))
+    assert done.status == 1
+    assert "need each other" in done.output
+
+
 def test_small_pictures_are_refused_or_left_out_with_their_number(train_script, photo_folder, tmp_path):
     random_picture(32, 80).save(photo_folder / "little.png")
     done = train_script(*tiny(photo_folder, tmp_path / "run", "--max_train_steps", 1))
