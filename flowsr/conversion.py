@@ -27,6 +27,7 @@ from flowsr import (
     FlowMatchSRPipeline,
     UNetSRModel,
 )
+from flowsr.components import pipeline_from
 
 
 class ConversionError(ValueError):
@@ -236,7 +237,9 @@ def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
             f"{folder} holds adapters, which are merged at the end of a run; go on with `--resume_from_checkpoint "
             "latest` and `--max_train_steps` as many as it has done."
         )
-    pipe, state = untrained(settings), read_checkpoint(weights)
+    configs = [settings.get(name) or {} for name in ("pipeline", "unet", "scheduler")]
+    pipe = pipeline_from(*configs, pretrained=settings.get("pretrained_model_name_or_path"))
+    state = read_checkpoint(weights)
     if ema:
         registered = [read_checkpoint(file) for file in sorted(folder.glob("custom_checkpoint_*.pkl"))]
         averages = [found["shadow_params"] for found in registered if "shadow_params" in found]
@@ -247,20 +250,6 @@ def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
     load_all(pipe.unet, state)
     pipe.unet.eval()
     return pipe
-
-
-def untrained(settings: dict) -> DiffusionPipeline:
-    """The pipeline that a run of train_sr.py starts with; classes that are not named are those of the script."""
-    if start := settings.get("pretrained_model_name_or_path"):
-        kind = DiffusionPipeline.load_config(start)["_class_name"]
-        return class_of(kind, (flowsr,), (DiffusionPipeline,)).from_pretrained(start)
-    configs = {name: dict(settings.get(name) or {}) for name in ("pipeline", "unet", "scheduler")}
-    kinds = {name: config.pop("_class_name", None) for name, config in configs.items()}
-    pipeline = class_of(kinds["pipeline"] or "FlowMatchSRPipeline", (flowsr,), (DiffusionPipeline,))
-    steps = "DDIMScheduler" if pipeline is DDPMSRPipeline else "FlowMatchSREulerScheduler"
-    unet = class_of(kinds["unet"] or "UNetSRModel", (flowsr, diffusers), (ModelMixin,))
-    scheduler = class_of(kinds["scheduler"] or steps, (flowsr, diffusers), (SchedulerMixin,))
-    return pipeline(unet=unet(**configs["unet"]), scheduler=scheduler(**configs["scheduler"]), **configs["pipeline"])
 
 
 # The flow-matching project: pictures in [0, 1], t from 0 (noise) to 1 (picture), velocity = picture - noise, the state

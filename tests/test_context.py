@@ -139,7 +139,7 @@ import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True, disable_mmap=True)
 out = pipe(torch.full((3, 4, 5), 0.5), 2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-assert torch.equal(out, torch.load("expected.pt")), "another result"
+torch.testing.assert_close(out, torch.load("expected.pt"), atol=1e-4, rtol=0)  # threads may differ
 pipe.save_pretrained("again")
 print("loaded without flowsr")
 """
