@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"flowsr: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -250,8 +250,11 @@ def info(options: argparse.Namespace) -> int:
 
 
 def card(options: argparse.Namespace) -> int:
+    from diffusers.utils import logging
+
     from flowsr.publish import publish, write_card
 
+    logging.disable_progress_bar()
     wrong = [given for given in options.results if "=" not in given]
     if wrong:
         raise ValueError(f"`--results` takes NAME=JSON, such as Set5=set5.json; got {wrong[0]}.")

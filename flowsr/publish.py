@@ -26,7 +26,7 @@ def load_any(place: str | Path) -> SelfContainedMixin:
     index = Path(place) / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{place} is not a checkpoint folder: it has no model_index.json.")
-    name = json.loads(index.read_text()).get("_class_name")
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     name = name[-1] if isinstance(name, list) else name
     return getattr(flowsr, name if name in OF_THIS_LIBRARY else "FlowMatchSRPipeline").from_pretrained(str(place))
 
@@ -57,9 +57,9 @@ def write_card(
     old = ModelCard.load(readme) if readme.is_file() else None
     if old is not None:
         refuse_handwritten(old, str(readme))
-    evaluation = json.loads(numbers.read_text()) if numbers.is_file() else {}
+    evaluation = json.loads(numbers.read_text(encoding="utf-8")) if numbers.is_file() else {}
     for test_set, path in (results or {}).items():
-        evaluation[test_set] = json.loads(Path(path).read_text())
+        evaluation[test_set] = json.loads(Path(path).read_text(encoding="utf-8"))
         if "rows" not in evaluation[test_set]:
             raise ValueError(f"{path} is not written by `flowsr evaluate --json`: it has no rows.")
     settings = folder / "settings.yaml"
@@ -68,16 +68,16 @@ def write_card(
         name or folder.resolve().name,
         license=license or (old.data.license if old is not None else None),
         evaluation=evaluation,
-        settings=yaml.safe_load(settings.read_text()) if settings.is_file() else None,
+        settings=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None,
         picture=next((path.name for path in sorted(folder.glob("example.*"))), None),
     )
     data, below = card.data.to_dict(), ""
     if old is not None:
         tags = dict.fromkeys([*data["tags"], *(old.data.tags or [])])
         data, below = {**old.data.to_dict(), **data, "tags": list(tags)}, old.text.partition(KEPT)[2]
-    readme.write_text(f"---\n{yaml_dump(data)}---\n\n{card.text.strip()}\n{below.lstrip(chr(10))}")
+    readme.write_text(f"---\n{yaml_dump(data)}---\n\n{card.text.strip()}\n{below.lstrip(chr(10))}", encoding="utf-8")
     if results:
-        numbers.write_text(json.dumps(evaluation, indent=1) + "\n")
+        numbers.write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     return readme
 
 
@@ -111,7 +111,7 @@ def publish(
         try:
             theirs = ModelCard.load(repo_id)
             refuse_handwritten(theirs, f"README.md of {repo_id} on the Hub")
-            if not readme.is_file() or not readme.read_text().partition(KEPT)[2].strip():
+            if not readme.is_file() or not readme.read_text(encoding="utf-8").partition(KEPT)[2].strip():
                 theirs.save(readme)
         except (RepositoryNotFoundError, EntryNotFoundError):
             pass

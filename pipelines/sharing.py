@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -45,11 +46,17 @@ class SelfContainedMixin:
         index.pop("_name_or_path", None)  # a local path
         index["_class_name"] = [write_source(type(self), path.parent, "pipeline"), type(self).__name__]
         for name, component in self.components.items():
-            cls = type(component)
+            cls = type(getattr(component, "_orig_mod", component))  # of torch.compile: what it wraps
             if component is not None and cls.__module__.split(".")[0] not in ("diffusers", "transformers"):
                 stem = without_digest(cls.__module__.split(".")[-1])
                 index[name] = [write_source(cls, path.parent / name, stem), cls.__name__]
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As [`DiffusionPipeline.save_pretrained`]; with `push_to_hub=True` it raises what `push_to_hub` raises."""
+        repo_id = kwargs.get("repo_id", os.path.basename(save_directory))
+        with clear_errors(repo_id, "was not changed on the Hub"):
+            super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> SelfContainedMixin:
@@ -75,7 +82,7 @@ class SelfContainedMixin:
             if name not in kwargs and type(component).__module__.startswith("flowsr."):
                 classes = (type(component), *getattr(component, "compatibles", []))
                 known = {key for each in classes for key in inspect.signature(each.__init__).parameters}
-                unknown = {key for key in component.config if not key.startswith("_")} - known
+                unknown = {key for key in getattr(component, "config", {}) if not key.startswith("_")} - known
                 refuse_newer(f"{place}/{name}", unknown - {"auto_map", "quantization_config"}, type(component))
         return pipe
 
@@ -101,9 +108,9 @@ class SelfContainedMixin:
         found = config.get("_class_name")
         found = found[1] if isinstance(found, list) else found
         if found not in {each.__name__ for each in (*cls.__mro__, *cls.__subclasses__())}:
-            library = "flowsr" if found in OF_THIS_LIBRARY else "diffusers"
+            way = f"flowsr.{found}" if found in OF_THIS_LIBRARY else "diffusers.DiffusionPipeline"
             raise ValueError(
-                f"{json_file} is of a {found}, not of a {cls.__name__}; load it by {library}.{found}.from_pretrained."
+                f"{json_file} is of a {found}, not of a {cls.__name__}; load it by {way}.from_pretrained."
             )
         unknown = {key for key in config if not key.startswith("_")} - set(inspect.signature(cls.__init__).parameters)
         refuse_newer(json_file, unknown, cls)
@@ -140,8 +147,7 @@ class SelfContainedMixin:
         path = os.path.join(working_dir, "README.md")
         if not os.path.isfile(path) or TEMPLATE in ModelCard.load(path).text:
             model_card(self, repo_id).save(path)
-        with clear_errors(repo_id, "was not changed on the Hub"):
-            return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
 
 def single_file(source: Path) -> str:
@@ -150,17 +156,18 @@ def single_file(source: Path) -> str:
 
     def add(path: Path) -> None:
         done.add(path.name)
-        lines = path.read_text().splitlines()
-        for node in reversed(ast.parse("\n".join(lines)).body):
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module == "__future__"):
-                del lines[node.lineno - 1 : node.end_lineno]
-        for name in re.findall(r"^from \.(\w+) import", path.read_text(), flags=re.MULTILINE):
-            if f"{name}.py" not in done:
-                add(path.with_name(f"{name}.py"))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        imports = [node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.ImportFrom)]
+        imports = [node for node in imports if node.level or node.module == "__future__"]
+        for node in imports:
+            if node.level and f"{node.module}.py" not in done:
+                add(path.with_name(f"{node.module}.py"))
+        for node in reversed(imports):
+            del lines[node.lineno - 1 : node.end_lineno]
         parts.append("\n".join(lines).strip() + "\n")
 
     add(source)
-    return "\n\n".join(parts) if len(done) > 1 else source.read_text()
+    return "\n\n".join(parts) if len(done) > 1 else source.read_text(encoding="utf-8")
 
 
 def write_source(cls: type, folder: Path, stem: str) -> str:
@@ -171,7 +178,7 @@ def write_source(cls: type, folder: Path, stem: str) -> str:
     """
     text = single_file(Path(inspect.getsourcefile(cls)))
     module = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    (folder / f"{module}.py").write_text(text)
+    (folder / f"{module}.py").write_text(text, encoding="utf-8")
     return module
 
 
@@ -205,10 +212,10 @@ def clear_errors(repo_id: str, outcome: str) -> Iterator[None]:
             why = "the repository has no such revision; its page on the Hub lists them."
         elif isinstance(cause, EntryNotFoundError):
             why = "the repository has no model_index.json: it is no saved pipeline."
+        elif isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+            why = "the Hub has no such repository, or a private one that needs `hf auth login`. Is the name right?"
         elif status in (401, 403):
             why = f"the Hub refuses it ({status}). `hf auth login` takes a token that may do this."
-        elif isinstance(cause, RepositoryNotFoundError):
-            why = "the Hub has no such repository, or a private one that needs `hf auth login`. Is the name right?"
         elif isinstance(cause, OfflineModeIsEnabled):
             why = "HF_HUB_OFFLINE is set, so that only folders and what the cache holds can be used."
         else:

@@ -91,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "Unauthorized", "Invalid username or password.")
         repo = found.groupdict().get("repo")
         if repo is not None and repo not in self.server.repos:
-            return self.refuse(404, "RepoNotFound", "Repository not found")
+            status = 404 if self.headers.get("Authorization") else 401
+            return self.refuse(status, "RepoNotFound", "Repository not found")
         getattr(self, name)(body, **found.groupdict())
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request

@@ -35,6 +35,8 @@ def run(session, folder: Path, environment: dict[str, str], flowsr: bool = True)
 
 
 def push_everything(folder):
+    from pathlib import Path
+
     import torch
     from conftest import make_pipeline
     from test_ddpm import make_ddpm
@@ -54,7 +56,11 @@ def push_everything(folder):
         pipe.push_to_hub(f"me/{name}")
     torch.save({"picture": picture, **expected}, f"{folder}/expected.pt")
     pipes["sr"].save_pretrained(
-        f"{folder}/shards", push_to_hub=True, repo_id="me/shards", max_shard_size="5KB", commit_message="In shards"
+        Path(folder) / "shards",
+        push_to_hub=True,
+        repo_id="me/shards",
+        max_shard_size="5KB",
+        commit_message="In shards",
     )
     pipes["sr"].push_to_hub("me/sr")  # again: nothing has changed
     pipes["sr"].to(torch.bfloat16).push_to_hub("me/sr", variant="bf16")
@@ -105,6 +111,7 @@ def pull_without_flowsr(folder):
 
     import torch
     from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
     expected = torch.load(f"{folder}/expected.pt")
     picture = expected.pop("picture")
@@ -127,6 +134,9 @@ def pull_without_flowsr(folder):
     results["generator"] = upscale(pipes["generator"], class_labels=[2])
     expected["shards"], expected["edited"] = expected["sr"], 1 - expected["sr"]
     said["equal"] = {name: torch.equal(results[name], expected[name]) for name in expected}
+    cached = hf_hub_download("me/sr", "model_index.json", local_files_only=True).removesuffix("model_index.json")
+    from_folder = DiffusionPipeline.from_pretrained(cached, trust_remote_code=True, disable_mmap=True)
+    said["equal"]["sr from the folder in the cache"] = torch.equal(upscale(from_folder), expected["sr"])
     pipes["sr"].save_pretrained(f"{folder}/saved_again")
     sys.modules["torchdiffeq"] = None
     try:
@@ -141,7 +151,7 @@ def test_a_stranger_with_diffusers_alone_gets_the_same_pictures(shared, tmp_path
     hub.repos["me/edited"] = [with_other_code(hub.repos["me/sr"][-1])]
     said = run(pull_without_flowsr, folder, hub.environment(tmp_path), flowsr=False)
     assert all(said["equal"].values()), said
-    assert len(said["equal"]) == 6
+    assert len(said["equal"]) == 7
     assert "trust_remote_code=True" in said["untrusted"]
     assert said["missing"] == "The solver 'heun' needs torchdiffeq: pip install torchdiffeq"
     # What is saved there is what was loaded, code included.
@@ -228,6 +238,9 @@ def meet_trouble(folder):
     pipe.push_to_hub("me/a")
     before = dict(hub.repos["me/a"][-1])
     attempt("not allowed to create", lambda: pipe.push_to_hub("you/a"), create=403)
+    attempt(
+        "nor by saving", lambda: pipe.save_pretrained(f"{folder}/s", push_to_hub=True, repo_id="you/a"), create=403
+    )
     attempt("upload breaks", lambda: second.push_to_hub("me/a"), put="hang up")
     attempt("not allowed to write", lambda: second.push_to_hub("me/a"), commit=403)
     attempt("commit breaks", lambda: second.push_to_hub("me/a"), commit="hang up")
@@ -239,7 +252,12 @@ def meet_trouble(folder):
     assert set(hub.blobs) == blobs
     assert load("me/a", cache_dir=f"{folder}/1").unet.config.block_out_channels == [12]
 
+    hub.repos["me/mine"] = [{"README.md": b"My own words.", "notes.txt": b"My own file."}]
+    pipe.push_to_hub("me/mine")
+    said["mine"] = [hub.repos["me/mine"][-1][name].decode() for name in ("README.md", "notes.txt")]
+
     attempt("wrong name", lambda: load("me/nothing"))
+    attempt("wrong name, not logged in", lambda: load("me/nothing", token=False))
     attempt("no name", lambda: load("nothing"))
     attempt("no revision", lambda: load("me/a", revision="v9"))
     attempt("no variant", lambda: load("me/a", variant="fp16"))
@@ -266,16 +284,18 @@ def meet_trouble(folder):
 def test_trouble_on_the_way_is_named_and_loses_nothing(tmp_path):
     said = run(meet_trouble, tmp_path, {})
     refused = "was not changed on the Hub: the Hub refuses it (403). `hf auth login` takes a token that may do this."
-    assert said["not allowed to create"] == f"you/a {refused}"
+    assert said["not allowed to create"] == said["nor by saving"] == f"you/a {refused}"
     assert said["not allowed to write"] == f"me/a {refused}"
     for what in ("upload breaks", "commit breaks", "no network to push"):
         assert said[what].startswith("me/a was not changed on the Hub: the connection to the Hub failed ("), said[what]
         assert said[what].endswith("Try again: what has arrived is not sent twice.")
+    assert said["mine"][0].endswith("My own words.")
+    assert said["mine"][1] == "My own file."
     missing = (
         "me/nothing cannot be loaded: the Hub has no such repository, or a private one that needs `hf auth login`. "
         "Is the name right?"
     )
-    assert said["wrong name"] == missing
+    assert said["wrong name"] == said["wrong name, not logged in"] == missing
     assert said["no name"].startswith("There is no checkpoint folder nothing, and a repository of the Hub is named")
     assert "no such revision" in said["no revision"]
     assert "`variant=fp16`" in said["no variant"]
@@ -286,7 +306,7 @@ def test_trouble_on_the_way_is_named_and_loses_nothing(tmp_path):
     assert said["empty repository"].endswith("the repository has no model_index.json: it is no saved pipeline.")
     assert said["status"] == 1
     assert said["command line"] == f"flowsr: {missing}\n"
-    assert not any("\n" in message for name, message in said.items() if name not in ("status", "command line")), said
+    assert not any("\n" in message for name, message in said.items() if name not in ("status", "command line", "mine"))
 
 
 def push_from_the_commands(folder):

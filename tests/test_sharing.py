@@ -67,9 +67,11 @@ STABLE_DIFFUSION = {
 
 
 def test_pipelines_of_another_class_are_refused_with_the_way_to_load_them(folder, tmp_path):
-    way = "model_index.json is of a {0}, not of a {1}; load it by {2}.{0}.from_pretrained."
+    message = "model_index.json is of a {}, not of a {}; load it by {}.from_pretrained."
     for cls in (DDPMSRPipeline, FlowMatchPipeline):
-        with pytest.raises(ValueError, match=way.format("FlowMatchSRPipeline", cls.__name__, "flowsr")):
+        with pytest.raises(
+            ValueError, match=message.format("FlowMatchSRPipeline", cls.__name__, "flowsr.FlowMatchSRPipeline")
+        ):
             cls.from_pretrained(folder)
     unet = UNet2DModel(
         block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1
@@ -78,8 +80,18 @@ def test_pipelines_of_another_class_are_refused_with_the_way_to_load_them(folder
     (tmp_path / "sd").mkdir()
     (tmp_path / "sd/model_index.json").write_text(json.dumps(STABLE_DIFFUSION))
     for name, cls in {"ddpm": "DDPMPipeline", "sd": "StableDiffusionPipeline"}.items():
-        with pytest.raises(ValueError, match=way.format(cls, "FlowMatchSRPipeline", "diffusers")):
+        with pytest.raises(
+            ValueError, match=message.format(cls, "FlowMatchSRPipeline", "diffusers.DiffusionPipeline")
+        ):
             FlowMatchSRPipeline.from_pretrained(tmp_path / name)
+
+
+def test_a_compiled_network_is_saved_as_what_it_is(tmp_path):
+    pipe = make_pipeline()
+    pipe.unet = torch.compile(pipe.unet)
+    pipe.save_pretrained(tmp_path)
+    assert type(FlowMatchSRPipeline.from_pretrained(tmp_path).unet).__name__ == "UNetSRModel"
+    assert [path.name[:8] for path in (tmp_path / "unet").glob("*.py")] == ["unet_sr_"]
 
 
 class Derived(FlowMatchSRPipeline):
