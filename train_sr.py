@@ -86,9 +86,6 @@ class Settings:
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "start from this pipeline (its config replaces the three above)"}
     )
-    prior: str | None = field(
-        default=None, metadata={"help": "for `source: prior`: an image-to-image model of transformers, frozen"}
-    )
     lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank only (PEFT), merged at the end"})
 
     # Objective.
@@ -239,9 +236,7 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, lambda *_: accelerator.set_trigger())
 
     # Pipeline, network and scheduler.
-    pipe = pipeline_from(
-        settings.pipeline, settings.unet, settings.scheduler, settings.prior, settings.pretrained_model_name_or_path
-    )
+    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler, settings.pretrained_model_name_or_path)
     unet, scheduler = pipe.unet.train(), pipe.scheduler
     is_flow = isinstance(scheduler, FlowMatchSREulerScheduler)
     upscales = unet.config.lr_channels is not None
@@ -324,9 +319,10 @@ def main(arguments: list[str]) -> None:
 
     # What is minimised. Images are in the data range of the pipeline, which is that of the network.
     distance = LOSSES[settings.loss]
-    prior = getattr(pipe, "prior", None)
-    if prior is not None:
-        prior.requires_grad_(False).to(accelerator.device)
+    prior, image_encoder = (getattr(pipe, name, None) for name in ("prior", "image_encoder"))
+    for frozen in (prior, image_encoder):
+        if frozen is not None:
+            frozen.requires_grad_(False).to(accelerator.device)
     lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
     low, high = getattr(pipe.config, "data_range", (-1.0, 1.0))
     dropout = getattr(accelerator.unwrap_model(unet).config, "condition_dropout", 0.0)
@@ -342,6 +338,8 @@ def main(arguments: list[str]) -> None:
             told["lr"] = to_data_range(batch["lr"])
             if dropout:
                 told["drop_condition"] = dropped
+        if image_encoder is not None:
+            told["encoder_hidden_states"] = pipe.encode_image(batch["lr"])
         if classes is not None:
             label = batch["label"]
             told["class_labels"] = label if dropped is None else torch.where(dropped, classes, label)
@@ -370,7 +368,7 @@ def main(arguments: list[str]) -> None:
     def diffusion_loss(batch: dict) -> torch.Tensor:
         """Ho et al. 2020, eq. 14, for the noise; Salimans and Ho 2022, appendix D, for v; or the sample itself."""
         hr, index, conditions = batch["hr"], batch["index"], conditions_of(batch)
-        original = hr - upsampled(conditions["lr"], hr) if pipe.config.target == "residual" else hr
+        original = hr - pipe.upsample(conditions["lr"]) if pipe.config.target == "residual" else hr
         timestep = timesteps_for(index, settings.seed, scheduler.config.num_train_timesteps, settings.timestep_law)
         draws = generators_for(index, settings.seed)
         noise = torch.stack([torch.randn(hr.shape[1:], generator=g, device=hr.device) for g in draws])
@@ -502,7 +500,7 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
     if is_flow == (name == "DDPMSRPipeline"):
         raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
     if (scheduler.get("source") == "prior") != (getattr(pipe, "prior", None) is not None):
-        raise ValueError("`prior` and `source: prior` in `scheduler` need each other; give both or none.")
+        raise ValueError("`prior` in `pipeline` and `source: prior` in `scheduler` need each other.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
     path = (scheduler.get("source"), scheduler.get("path"))

@@ -6,21 +6,21 @@ import inspect
 
 import diffusers
 from diffusers import DiffusionPipeline
-from transformers import AutoModelForImageToImage
+from transformers import AutoModel, AutoModelForImageToImage
 
 import flowsr
 
+# Components of transformers, which a pipeline's config names by folder or repository.
+LOADERS = {"prior": AutoModelForImageToImage, "image_encoder": AutoModel}
 
-def pipeline_from(
-    pipeline: dict, unet: dict, scheduler: dict, prior: str | None = None, pretrained: str | None = None
-) -> DiffusionPipeline:
+
+def pipeline_from(pipeline: dict, unet: dict, scheduler: dict, pretrained: str | None = None) -> DiffusionPipeline:
     """A fresh pipeline; or that of a folder or repository, whose configs then replace those given.
 
     Args:
         pipeline, unet, scheduler (`dict`): what the class in `_class_name` is made with; [`FlowMatchSRPipeline`],
-            [`UNetSRModel`] and [`FlowMatchSREulerScheduler`] (for diffusion DDIM's) where none is named.
-        prior (`str`, *optional*): folder or repository of an image-to-image model of transformers, for the scheduler's
-            `source: prior`.
+            [`UNetSRModel`] and [`FlowMatchSREulerScheduler`] (for diffusion DDIM's) where none is named. A `prior` or
+            `image_encoder` of the pipeline is the folder or repository of a model of transformers.
         pretrained (`str`, *optional*): a pipeline to start from.
 
     Raises:
@@ -35,8 +35,9 @@ def pipeline_from(
         "unet": build(class_named(unet, "UNetSRModel", "unet"), unet, "unet"),
         "scheduler": build(class_named(scheduler, steps, "scheduler"), scheduler, "scheduler"),
     }
-    if prior is not None:
-        components["prior"] = AutoModelForImageToImage.from_pretrained(prior)
+    for name, loader in LOADERS.items():
+        if name in pipeline:
+            components[name] = loader.from_pretrained(pipeline[name])
     return build(cls, {**pipeline, **components}, "pipeline")
 
 

@@ -208,7 +208,8 @@ def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo
         "--unet", json.dumps({**SMALL, "precondition": False}), "--max_train_steps", 2, "--logging_steps", 1,
     )  # fmt: skip
     out = tmp_path / "run"
-    done = train_script(*tiny(photo_folder, out, *arguments, "--prior", tmp_path / "prior"))
+    pipeline = json.dumps({"prior": str(tmp_path / "prior")})
+    done = train_script(*tiny(photo_folder, out, *arguments, "--pipeline", pipeline))
     assert done.status == 0, done.output
     pipe = FlowMatchSRPipeline.from_pretrained(out)
     kept = pipe.prior.state_dict()
@@ -216,6 +217,24 @@ def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo
     done = train_script(*tiny(photo_folder, out, *arguments))
     assert done.status == 1
     assert "need each other" in done.output
+
+
+def test_a_diffusion_may_look_at_a_vision_encoder(train_script, photo_folder, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**sizes, mlp_ratio=1)).save_pretrained(tmp_path / "encoder")
+    unet = {"_class_name": "ContextUNetSRModel", "block_out_channels": [32, 32], "layers_per_block": 1}
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_size": 16}
+    pipeline = {"_class_name": "DDPMSRPipeline", "image_encoder": str(tmp_path / "encoder"), **statistics}
+    out = tmp_path / "run"
+    done = train_script(
+        *tiny(photo_folder, out, "--pipeline", json.dumps(pipeline), "--validation_inference_steps", 2),
+        "--unet", json.dumps({**unet, "cross_attention_dim": 16, "concatenate_lr": True}), "--max_train_steps", 2,
+        "--resolution", 32, "--logging_steps", 1,
+    )  # fmt: skip
+    assert done.status == 0, done.output
+    assert type(DDPMSRPipeline.from_pretrained(out).image_encoder).__name__ == "Dinov2Model"
 
 
 def test_small_pictures_are_refused_or_left_out_with_their_number(train_script, photo_folder, tmp_path):
