@@ -166,17 +166,18 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
     pixel-unshuffled (Shi et al. 2016), which leaves `scale_factor ** 2` times fewer positions than `patch_size=1`.
     With one entry in `block_out_channels` there is no down-sampling: a flat residual network with one long skip.
 
-    With `precondition=True` the network predicts the image as a residual over the upsampled LR, with inputs and
-    outputs of unit variance at every noise level. For r = hr - lr_up of std s_r, source noise of std s and
+    With `precondition=True` the network predicts the image as a residual over the upsampled LR and over what the state
+    tells of it linearly. For r = hr - lr_up of std s_r, source noise of std s and
     v = ((1 - sigma) s_r)^2 + (sigma s)^2:
 
-        hr = lr_up + (1 - sigma) s_r^2 / v * (x_t - lr_up) + sigma s s_r / sqrt(v) * F((x_t - lr_up) / sqrt(v), sigma,
-        lr)
+        estimate = (1 - sigma) s_r^2 / v * (x_t - lr_up)
+        hr = lr_up + estimate + sigma s s_r / sqrt(v) * F(estimate / s_r, sigma, lr)
 
-    which is Karras et al. 2022 (EDM), table 1 and appendix B.6, for x_t - lr_up = (1 - sigma) r + sigma s noise, that
-    is
-    for the sources "lr" and "prior" of the scheduler on its linear path. At sigma = 1 the network output alone is the
-    residual.
+    The estimate is the best linear one, and the factor of F its error, so that F is to answer with unit variance:
+    Karras et al. 2022 (EDM), table 1 and appendix B.6, for x_t - lr_up = (1 - sigma) r + sigma s noise, that is for
+    the source "lr" of the scheduler on its linear path. The input departs from EDM, which scales the state to unit
+    variance: here noise that tells nothing does not reach the network. At sigma = 1, where the state is noise alone,
+    the answer is a function of the LR.
 
     Args:
         in_channels, out_channels (`int`): channels of x_t and of the prediction.
@@ -322,12 +323,11 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         radius += sum(2**level + 2 * 2**level for level in range(levels - 1))  # strided conv; nearest and conv
         return radius * config.patch_size + 3 * config.scale_factor  # and the upsampling or the detail of lr
 
-    def preconditioning(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """c_in, c_skip, c_out of the class docstring, of the shape of `sigma` (in [0, 1])."""
+    def preconditioning(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """c_skip and c_out, the two factors of the class docstring, of the shape of `sigma` (in [0, 1])."""
         s_r, s = self.config.residual_std, self.config.source_noise_std
         variance = ((1 - sigma) * s_r) ** 2 + (sigma * s) ** 2
-        c_skip = (1 - sigma) * s_r**2 / variance
-        return c_skip / s_r, c_skip, sigma * s * s_r * variance.rsqrt()
+        return (1 - sigma) * s_r**2 / variance, sigma * s * s_r * variance.rsqrt()
 
     def forward(
         self,
@@ -375,9 +375,9 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
             lr_up = F.interpolate(lr.float(), size=sample.shape[-2:], mode="bicubic", antialias=antialias)
         if config.precondition:
             sigma = (timestep / 1000.0)[:, None, None, None]
-            c_in, c_skip, c_out = self.preconditioning(sigma)
-            residual = sample - lr_up
-            x, skip = c_in * residual, lr_up + c_skip * residual
+            c_skip, c_out = self.preconditioning(sigma)
+            estimate = c_skip * (sample - lr_up)
+            x, skip = estimate / config.residual_std, lr_up + estimate
         h = F.pixel_unshuffle(x, config.patch_size).to(dtype)  # (b, c, H, W) -> (b, c * p * p, H / p, W / p)
         if lr is not None:
             same_grid = config.patch_size == config.scale_factor

@@ -82,16 +82,25 @@ def test_a_batch_is_its_pictures_one_by_one():
 
 def test_preconditioning_is_that_of_the_gaussian_posterior():
     # For hr - lr_up ~ N(0, s_r^2) the best estimate from x_t is c_skip * (x_t - lr_up), with an error of variance
-    # c_out^2, and c_in makes the input of unit variance: estimated by least squares on samples.
+    # c_out^2: estimated by least squares on samples.
     unet = UNetSRModel(residual_std=0.2, source_noise_std=0.5)
     residual, noise = torch.randn(2, 400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     residual, noise = 0.2 * residual, 0.5 * noise
     for sigma in (0.1, 0.5, 0.9):
         x = (1 - sigma) * residual + sigma * noise
-        c_in, c_skip, c_out = (float(c) for c in unet.preconditioning(torch.tensor(sigma, dtype=torch.float64)))
-        assert abs(float((c_in * x).std()) - 1) < 0.01
+        c_skip, c_out = (float(c) for c in unet.preconditioning(torch.tensor(sigma, dtype=torch.float64)))
         assert abs(c_skip - float((x * residual).mean() / x.square().mean())) < 0.01
         assert abs(c_out - float((residual - c_skip * x).std())) < 0.002
+
+
+def test_at_sigma_one_the_noise_does_not_reach_the_answer():
+    unet = make_unet()
+    sample, _, lr = inputs(unet)
+    with torch.no_grad():
+        answers = [unet(sample + noise, 1000.0, lr).sample for noise in (0.0, torch.randn_like(sample))]
+        torch.testing.assert_close(*answers, atol=1e-6, rtol=0)
+        answers = [unet(sample + noise, 990.0, lr).sample for noise in (0.0, torch.randn_like(sample))]
+        assert not torch.allclose(*answers, atol=1e-4)
 
 
 def test_at_sigma_one_a_silent_network_returns_the_upsampled_lr():
