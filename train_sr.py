@@ -53,6 +53,7 @@ from flowsr.objectives import (
     timesteps_for,
 )
 from flowsr.pipelines.prior import estimate
+from flowsr.pipelines.sharing import clear_errors
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
@@ -303,7 +304,8 @@ def main(arguments: list[str]) -> None:
     if settings.push_to_hub and accelerator.is_main_process:
         from huggingface_hub import create_repo
 
-        create_repo(settings.push_to_hub, exist_ok=True)
+        with clear_errors(settings.push_to_hub, "cannot take the finished pipeline"):
+            create_repo(settings.push_to_hub, exist_ok=True)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "settings.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
@@ -360,7 +362,8 @@ def main(arguments: list[str]) -> None:
         if settings.perceptual_weight or settings.colour_weight:
             image = scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight:
-            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, image, hr, sigma)
+            shown = pipe.from_data_range(image)
+            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, shown, batch["hr"], sigma)
         if settings.colour_weight:
             loss = loss + settings.colour_weight * colour_loss(image, conditions["lr"])
         return loss
@@ -485,8 +488,10 @@ def main(arguments: list[str]) -> None:
             network.unload_lora()
         pipe.register_modules(unet=network)
         plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
-        pipe.save_pretrained(output_dir, push_to_hub=bool(settings.push_to_hub), repo_id=settings.push_to_hub)
+        pipe.save_pretrained(output_dir)
         accelerator.print(f"The pipeline is in {output_dir}.")
+        if settings.push_to_hub:
+            pipe.push_to_hub(settings.push_to_hub)
     accelerator.end_training()
 
 

@@ -391,3 +391,33 @@ def test_the_commands_push_too(tmp_path):
     assert status == 1
     assert "README.md of me/written on the Hub was written by hand" in text
     assert said["words"] == "My own words."
+
+
+def test_a_finished_training_run_is_pushed_and_a_refusal_comes_before_the_work(photo_folder, tmp_path):
+    hub = Hub()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+
+    def train(repo: str) -> subprocess.CompletedProcess:
+        arguments = ["--config", "configs/tiny.yaml", "--train_data_dir", photo_folder, "--max_train_steps", 2]
+        arguments += ["--output_dir", tmp_path / repo, "--push_to_hub", f"me/{repo}", "--num_validation_images", 0]
+        return subprocess.run(
+            [sys.executable, "train_sr.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+            env={**inherited, "HF_HUB_OFFLINE": "0", **hub.environment(tmp_path / "home")},
+        )  # fmt: skip
+
+    try:
+        done = train("run")
+        assert done.returncode == 0, done.stderr
+        files = hub.repos["me/run"][-1]
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert files[weights] == (tmp_path / "run" / weights).read_bytes()
+        assert not [name for name in files if "checkpoint" in name]
+        hub.trouble = {"create": 403}
+        done = train("refused")
+        assert done.returncode == 1
+        assert "me/refused" in done.stderr
+        assert "403" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "refused").exists()
+    finally:
+        hub.close()
