@@ -38,9 +38,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    call = [*program, str(ROOT / "train_sr.py"), *map(str, arguments)]
+    """By accelerate's launcher, which starts several processes on a CPU only through MPI: those by torch's."""
+    program = ["accelerate.commands.launch", "--cpu"]
+    if processes > 1:
+        program = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    call = [sys.executable, "-m", *program, str(ROOT / "train_sr.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
