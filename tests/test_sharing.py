@@ -105,7 +105,7 @@ def test_a_derived_class_loads_what_its_base_saved(folder):
 NEWER = {
     "a setting of the network": ("unet/config.json", {"gated_blocks": True}, "unet has gated_blocks"),
     "a setting of the flow": ("scheduler/scheduler_config.json", {"warp": 2.0}, "scheduler has warp"),
-    "a component": ("model_index.json", {"prior": ["prior_net", "PriorNet"]}, "has prior"),
+    "a component": ("model_index.json", {"afterglow": ["afterglow_net", "AfterglowNet"]}, "has afterglow"),
     "a class": ("model_index.json", {"unet": ["unet_sr_01234567", "UNetSRModel2"]}, "has UNetSRModel2"),
 }
 
