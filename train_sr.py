@@ -54,6 +54,7 @@ from flowsr.objectives import (
 )
 from flowsr.pipelines.prior import estimate
 from flowsr.pipelines.sharing import clear_errors
+from flowsr.publish import publish
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
@@ -491,7 +492,7 @@ def main(arguments: list[str]) -> None:
         pipe.save_pretrained(output_dir)
         accelerator.print(f"The pipeline is in {output_dir}.")
         if settings.push_to_hub:
-            pipe.push_to_hub(settings.push_to_hub)
+            publish(output_dir, settings.push_to_hub)
     accelerator.end_training()
 
 
