@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/flowsr demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

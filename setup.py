@@ -4,9 +4,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-TRAIN = ["datasets>=4.0", "pyyaml", "tensorboard"]
+TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
-TEST = ["pytest>=8", "ruff", "peft"]
+TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'"]
 
 setup(
     name="flowsr",

@@ -135,6 +135,7 @@ def test_adapters_leave_the_network_alone_until_they_are_merged(train_script, ph
 def test_diffusion_of_residuals_with_its_scheduler_and_trackers(train_script, photo_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     unet = {"_class_name": "ContextUNetSRModel", "block_out_channels": [32, 32], "layers_per_block": 1}
     for prediction in ("epsilon", "v_prediction", "sample"):
         out = tmp_path / prediction
