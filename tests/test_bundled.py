@@ -33,7 +33,9 @@ def test_it_is_small_and_comes_with_what_made_it():
     folder = Path(flowsr.bundled("x4"))
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size < 12 * 2**20
-    assert {"README.md", "settings.yaml", "log.jsonl", "evaluation.json"} <= {p.name for p in folder.iterdir()}
+    made_by = {"README.md", "settings.yaml", "metrics.jsonl", "first_part", "evaluation.json"}
+    assert made_by <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in (folder / "first_part").iterdir()} == {"settings.yaml", "metrics.jsonl"}
     assert not list(folder.rglob("*.py"))
 
 
