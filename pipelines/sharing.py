@@ -44,7 +44,10 @@ class SelfContainedMixin:
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text())
         index.pop("_name_or_path", None)  # a local path
-        index["_class_name"] = [write_source(type(self), path.parent, "pipeline"), type(self).__name__]
+        module = write_source(type(self), path.parent, "pipeline")
+        index["_class_name"] = [module, type(self).__name__]
+        found_by_name = f"from .{module} import {type(self).__name__}  # for `custom_pipeline` of diffusers\n"
+        (path.parent / "pipeline.py").write_text(found_by_name)
         for name, component in self.components.items():
             cls = type(getattr(component, "_orig_mod", component))  # of torch.compile: what it wraps
             if component is not None and cls.__module__.split(".")[0] not in ("diffusers", "transformers"):

@@ -16,16 +16,6 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries print is no answer
-
-import torch  # noqa: E402
-
-import train_sr  # noqa: E402, F401
-
-torch.set_num_threads(1)
 
 
 def run_script(request: dict) -> None:
@@ -51,22 +41,36 @@ def run_script(request: dict) -> None:
     os._exit(status or 0)
 
 
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        run_script(request)
-    ended = None
-    if request["kill"] is not None or request["terminate_at"]:
-        path, delay = request["kill"] or (None, 0)
-        while ended is None:
-            told = Path(request["log"]).read_text()
-            if os.path.exists(path) if path else (request["terminate_at"] or "") in told:
-                time.sleep(delay)
-                os.kill(child, signal.SIGKILL if request["kill"] else signal.SIGTERM)
-                break
-            time.sleep(0.005)
-            pid, status = os.waitpid(child, os.WNOHANG)
-            ended = status if pid else None
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1] if ended is None else ended)
-    print(json.dumps(status), file=answers, flush=True)
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    os.chdir(ROOT)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import torch
+
+    import train_sr  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run_script(request)
+        ended = None
+        if request["kill"] is not None or request["terminate_at"]:
+            path, delay = request["kill"] or (None, 0)
+            while ended is None:
+                told = Path(request["log"]).read_text()
+                if os.path.exists(path) if path else (request["terminate_at"] or "") in told:
+                    time.sleep(delay)
+                    os.kill(child, signal.SIGKILL if request["kill"] else signal.SIGTERM)
+                    break
+                time.sleep(0.005)
+                pid, status = os.waitpid(child, os.WNOHANG)
+                ended = status if pid else None
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1] if ended is None else ended)
+        print(json.dumps(status), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -382,7 +382,7 @@ def test_the_commands_push_too(tmp_path):
         "README.md", "evaluation.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
-    assert sum(name.endswith(".py") for name in said["files"]) == 3
+    assert sum(name.endswith(".py") for name in said["files"]) == 4
     assert "license: cc0-1.0" in said["card"]
     assert "31.25" in said["card"]
     assert said["card"].endswith("## Written on the Hub\n")

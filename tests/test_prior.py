@@ -128,7 +128,7 @@ def test_it_travels_with_its_prior_and_as_a_custom_pipeline(tmp_path):
     pipe.save_pretrained(tmp_path / "folder")
     expected = pipe(torch.full((3, 4, 5), 0.5), generator=seeded(), output_type="pt").images
     torch.save(expected, tmp_path / "expected.pt")
-    weights = shutil.copytree(tmp_path / "folder", tmp_path / "weights", ignore=lambda *_: ["pipeline.py"])
+    weights = shutil.copytree(tmp_path / "folder", tmp_path / "weights", ignore=shutil.ignore_patterns("pipeline*.py"))
     index = json.loads((weights / "model_index.json").read_text())
     (weights / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiffusionPipeline"}))
     script = """
