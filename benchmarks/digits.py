@@ -80,7 +80,7 @@ def main() -> None:
     shares = torch.bincount(classes(free), minlength=10) / len(free)
     print("unconditional samples: share of each class " + " ".join(f"{float(share):.1%}" for share in shares))
     if options.grid:
-        Image.fromarray(generated_grid(pipe, options.steps, side=10)).save(options.grid)
+        Image.fromarray(generated_grid(pipe, options.steps, 10, options.guidance_scale)).save(options.grid)
 
 
 if __name__ == "__main__":

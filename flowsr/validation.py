@@ -78,12 +78,14 @@ def coupling_grid(pipe, pairs: list[Pair], steps: int) -> np.ndarray:
     return grid(rows)
 
 
-def generated_grid(pipe, steps: int, side: int = 8) -> np.ndarray:
+def generated_grid(pipe, steps: int, side: int = 8, guidance_scale: float = 1.0) -> np.ndarray:
     """`side` x `side` pictures of a generator; those of a row are of one class where it knows classes."""
     classes = pipe.unet.config.num_class_embeds
     labels = [row % classes for row in range(side) for _ in range(side)] if classes else None
     generator = torch.Generator(pipe.device).manual_seed(0)
-    pictures = pipe(side**2, labels, num_inference_steps=steps, generator=generator).images
+    pictures = pipe(
+        side**2, labels, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator
+    ).images
     pictures = [np.asarray(picture.convert("RGB")) for picture in pictures]
     return grid([pictures[row * side : (row + 1) * side] for row in range(side)])
 
