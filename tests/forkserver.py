@@ -1,8 +1,9 @@
 """Runs train_sr.py in forks of one process that has done the imports: as from the shell, but seconds sooner.
 
-One JSON line in for each run: `arguments`, `log` (file for its output), `kill` (null, or what to wait for before
-SIGKILL: that some file exists, then so many seconds), `terminate_at` (text in the log upon which SIGTERM is sent, or
-null), `file_limit` (bytes that a file may have, or null). One JSON line out: the exit status, negative for a signal.
+One JSON line in for each run: `arguments`; `log` (file for its output); `kill` (null, or when to send SIGKILL: folder,
+N and seconds, so long after the folder has checkpoint-N or a later one); `terminate_at` (null, or a text in the log
+upon which SIGTERM is sent); `file_limit` (null, or the bytes that a file may have). One JSON line out: the exit
+status, negative for a signal.
 """
 
 import json
@@ -41,6 +42,12 @@ def run_script(request: dict) -> None:
     os._exit(status or 0)
 
 
+def newest(folder: str) -> int:
+    """The step of the latest checkpoint in a folder, 0 for none."""
+    numbers = (path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*"))
+    return max([int(number) for number in numbers if number.isdigit()], default=0)  # not what is half written
+
+
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
@@ -58,10 +65,10 @@ def main() -> None:
             run_script(request)
         ended = None
         if request["kill"] is not None or request["terminate_at"]:
-            path, delay = request["kill"] or (None, 0)
+            folder, number, delay = request["kill"] or (None, 0, 0)
             while ended is None:
                 told = Path(request["log"]).read_text()
-                if os.path.exists(path) if path else (request["terminate_at"] or "") in told:
+                if newest(folder) >= number if folder else request["terminate_at"] in told:
                     time.sleep(delay)
                     os.kill(child, signal.SIGKILL if request["kill"] else signal.SIGTERM)
                     break

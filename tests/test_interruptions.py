@@ -57,17 +57,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(run, tmp_path):
 
 
 def test_after_twenty_kills_at_random_moments_the_run_ends_as_if_there_had_been_none(run, tmp_path):
-    chance = random.Random(0)
-    schedule = ("--max_train_steps", 80, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
-    assert run(tmp_path / "whole", *schedule).status == 0
-    killed, out = 0, tmp_path / "killed"
+    chance, out = random.Random(0), tmp_path / "killed"
+    schedule = ("--lr_scheduler", "constant", "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+
+    def newest() -> int:
+        return max([int(path.name.split("-")[1]) for path in checkpoints.found_in(out)], default=0)
+
     for _ in range(20):  # at most three checkpoints on, then at any moment of the next ones, or of the start
-        done = max([int(path.name.split("-")[1]) for path in checkpoints.found_in(out)], default=0)
         ahead = chance.choice((0, 1, 2, 3))
-        reached = out / f"checkpoint-{done + ahead}" if done + ahead else tmp_path
-        killed += run(out, *schedule, kill=(str(reached), chance.uniform(0, 1.5 if ahead == 0 else 0.1))).status == -9
-    assert killed == 20
-    assert run(out, *schedule).status == 0
+        moment = (str(out), newest() + ahead, chance.uniform(0, 1.5 if ahead == 0 else 0.1))
+        assert run(out, *schedule, "--max_train_steps", 10**6, kill=moment).status == -9
+    steps = newest() + 3
+    assert run(out, *schedule, "--max_train_steps", steps).status == 0
+    assert run(tmp_path / "whole", *schedule, "--max_train_steps", steps).status == 0
     assert equal(tmp_path / "whole", out)
 
 
