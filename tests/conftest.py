@@ -60,6 +60,24 @@ def photo_folder(tmp_path):
     return folder
 
 
+def run_without_flowsr(script: str, folder: Path) -> str:
+    """What a script prints in a clean process that works in `folder`, cannot import flowsr and reaches no Hub."""
+    absent = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "flowsr":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+    environment = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", absent + script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @dataclass
 class Finished:
     """How a run of train_sr.py ended: its exit status (negative for a signal) and all that it printed."""
