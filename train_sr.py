@@ -50,6 +50,7 @@ from flowsr.objectives import (
     generators_for,
     perceptual_loss,
     sigmas_for,
+    split_distance,
     timesteps_for,
 )
 from flowsr.pipelines.prior import estimate
@@ -92,6 +93,9 @@ class Settings:
 
     # Objective.
     loss: str = field(default="l1", metadata={"help": f"distance of predictions: {', '.join(LOSSES)}"})
+    endpoint_loss: str | None = field(
+        default=None, metadata={"help": "another distance for a flow's crops at sigma = 1, such as rmse"}
+    )
     colour_weight: float = field(default=0.0, metadata={"help": "of the LR's colours in the image estimate; 0: none"})
     perceptual_weight: float = field(
         default=0.0, metadata={"help": "of (1 - sigma) LPIPS of the image estimate; 0: none"}
@@ -155,6 +159,7 @@ class Settings:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         choices = {
             "loss": LOSSES,
+            "endpoint_loss": (None, *LOSSES),
             "timestep_law": LAWS,
             "degradation": ("bicubic", *CHAINS),
             "augmentation": ("turns", "flip", "none"),
@@ -322,6 +327,7 @@ def main(arguments: list[str]) -> None:
 
     # What is minimised. Images are in the data range of the pipeline, which is that of the network.
     distance = LOSSES[settings.loss]
+    distance_at_end = LOSSES[settings.endpoint_loss or settings.loss]
     prior, image_encoder = (getattr(pipe, name, None) for name in ("prior", "image_encoder"))
     for frozen in (prior, image_encoder):
         if frozen is not None:
@@ -359,7 +365,8 @@ def main(arguments: list[str]) -> None:
         x_t = scheduler.add_noise(hr, source, timestep)
         prediction = unet(x_t, timestep, **conditions).sample
         velocity = scheduler.predict_velocity(prediction, x_t, timestep)
-        loss = distance(velocity, scheduler.get_velocity(hr, source, timestep))
+        target = scheduler.get_velocity(hr, source, timestep)
+        loss = split_distance(distance, distance_at_end, velocity, target, sigma)
         if settings.perceptual_weight or settings.colour_weight:
             image = scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight:
@@ -507,6 +514,8 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
     if (scheduler.get("source") == "prior") != (getattr(pipe, "prior", None) is not None):
         raise ValueError("`prior` in `pipeline` and `source: prior` in `scheduler` need each other.")
+    if settings.endpoint_loss and not is_flow:
+        raise ValueError(f"`endpoint_loss` is for flows, not for {name}.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
     path = (scheduler.get("source"), scheduler.get("path"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 SILVER_RATIO = 2**0.5 - 1
 
@@ -23,12 +26,39 @@ def huber(prediction: torch.Tensor, target: torch.Tensor, delta: float = 0.1) ->
     return F.huber_loss(prediction, target, delta=delta)
 
 
+def rmse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch of each picture's root mean square error.
+
+    Its unit is that of L1, so that the two can be mixed; its minimum, in many dimensions, is that of the MSE, with
+    pictures weighted by 1 / RMSE: between MSE (all alike) and the mean of PSNR (1 / MSE).
+    """
+    error = (prediction - target).flatten(1)
+    return torch.linalg.vector_norm(error, dim=1).mean() / error.shape[1] ** 0.5
+
+
 LOSSES = {
     "l1": F.l1_loss,  # posterior median: the vivid end of the dial then improves with every step
     "mse": F.mse_loss,  # posterior mean: Lipman et al. 2023, eq. 14
     "charbonnier": charbonnier,
     "huber": huber,
+    "rmse": rmse,
 }
+
+
+def split_distance(
+    inside: Distance, end: Distance, prediction: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """Mean over the batch of `end` for the crops at sigma = 1, whose answer is the one step, and `inside` for others.
+
+    `sigma`: `(batch,)`, in (0, 1].
+    """
+    at_end = sigma == 1
+    parts = [
+        distance(prediction[chosen], target[chosen]) * chosen.sum()
+        for distance, chosen in ((end, at_end), (inside, ~at_end))
+        if chosen.any()
+    ]
+    return sum(parts) / len(sigma)
 
 
 # Further terms, on the image estimate.

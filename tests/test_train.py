@@ -191,7 +191,8 @@ def test_streams_other_paths_and_further_terms(train_script, photo_folder, tmp_p
     out = tmp_path / "run"
     done = train_script(
         *tiny(photo_folder, out, "--streaming", "true", "--max_train_steps", 8, "--logging_steps", 2),
-        "--unet", json.dumps({**SMALL, "precondition": False}), "--loss", "huber", "--colour_weight", 0.5,
+        "--unet", json.dumps({**SMALL, "precondition": False}), "--loss", "huber", "--endpoint_loss", "rmse",
+        "--colour_weight", 0.5,
         "--scheduler", '{"source": "lr", "path": "vp", "prediction_type": "velocity"}', "--degradation", "real_esrgan",
     )  # fmt: skip
     assert done.status == 0, done.output
@@ -283,6 +284,8 @@ def test_condition_dropout_is_trained_and_recorded(train_script, photo_folder, t
         (["--unet", "{"], "`unet` is not JSON"),
         (["--scheduler", '{"path": "vp"}'], "set `precondition: false`"),
         (["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--colour_weight", "1"], "are for flows that upscale"),
+        (["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--endpoint_loss", "mse"], "is for flows, not"),
+        (["--endpoint_loss", "l3"], "`endpoint_loss` must be one of"),
         (["--perceptual_weight", "1"], "needs `lpips_weights`"),
         (["--resume_from_checkpoint", "absent"], "there is no folder absent"),
         (["--config", "absent.yaml"], "there is no file absent.yaml"),
