@@ -38,10 +38,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
-    """By accelerate's launcher, which starts several processes on a CPU only through MPI: those by torch's."""
-    program = ["accelerate.commands.launch", "--cpu"]
-    if processes > 1:
-        program = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    """By accelerate's launcher; `--cpu` would start several processes through MPI alone."""
+    how = ["--cpu"] if processes == 1 else ["--multi_gpu", "--num_processes", str(processes)]
+    program = ["accelerate.commands.launch", *how]
     call = [sys.executable, "-m", *program, str(ROOT / "train_sr.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -84,6 +83,21 @@ def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path):
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+def test_weights_and_biases_gets_curves_and_grids(photo_folder, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    done = launch(1, *tiny(photo_folder, tmp_path / "run", "--max_train_steps", 2, "--report_to", "wandb"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (grid,) = tmp_path.glob("wandb/offline-run-*/files/media/images/bicubic_sr_hr_*.png")
+    shown, written = (
+        np.asarray(Image.open(grid)),
+        np.asarray(Image.open(tmp_path / "run/validation/000002_bicubic_sr_hr.png")),
+    )
+    np.testing.assert_array_equal(shown, written)
+    assert "psnr_y_1" in done.stderr
 
 
 def test_accumulation_equals_a_large_batch(train_script, photo_folder, tmp_path):
