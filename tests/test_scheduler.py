@@ -60,6 +60,34 @@ def test_middle_tells_the_network_the_middle_of_each_step():
     assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
+def test_shifted_time_tells_of_more_noise_and_leaves_the_grid():
+    scheduler = FlowMatchSREulerScheduler(evaluate_shift=3.0)
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    np.testing.assert_allclose(scheduler.timesteps, [1000.0, 900.0, 750.0, 500.0])  # the odds of sigma times 3
+    scheduler.set_timesteps(1000)
+    assert (scheduler.timesteps.diff() < 0).all()  # each step can still be told from the others
+
+
+def test_shifted_time_takes_out_what_errors_put_in():
+    # Estimates that are off by independent errors leave a Gaussian flow too wide; expecting more noise narrows it.
+    hr_std, source_std, error = 0.5, 0.5, 0.3
+    generator = torch.Generator().manual_seed(0)
+    start = source_std * torch.randn(20000, generator=generator, dtype=torch.float64)
+    widths = []
+    for shift in (1.0, 1.1, 1.2):
+        scheduler = FlowMatchSREulerScheduler(evaluate_shift=shift)
+
+        def estimate(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            gain = (1 - sigma) * hr_std**2 / ((1 - sigma) ** 2 * hr_std**2 + sigma**2 * source_std**2)
+            wrong = 0.0 if sigma == 1 else error * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            return gain * x + wrong
+
+        widths.append(float(solve(scheduler, estimate, start, 16).std()))
+    assert widths[0] > 1.05 * hr_std
+    assert widths[0] > widths[1] > widths[2]
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -181,7 +209,8 @@ def test_wrong_arguments_are_named():
         FlowMatchSREulerScheduler(source="prior").sample_source(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"shape \(\) or \(2,\)"):
         scheduler.add_noise(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
-    for name, value in {"source": "hr", "path": "cubic", "prediction_type": "epsilon", "evaluate_at": "end"}.items():
+    wrong = {"source": "hr", "path": "cubic", "prediction_type": "epsilon", "evaluate_at": "end", "evaluate_shift": 0}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             FlowMatchSREulerScheduler(**{name: value})
 
