@@ -220,6 +220,9 @@ def parse_settings(arguments: list[str]) -> Settings:
     unknown = sorted(set(chosen) - {f.name for f in fields(Settings)})
     if unknown:
         raise ValueError(f"{config} has unknown settings {unknown}; `--help` lists the known ones.")
+    for given, other in (("train_data_dir", "dataset_name"), ("dataset_name", "train_data_dir")):
+        if any(argument.split("=")[0] == f"--{given}" for argument in arguments):
+            chosen.pop(other, None)  # the flag replaces the file's pictures, whichever way those are named
     parser.set_defaults(**chosen)
     (settings, _) = parser.parse_args_into_dataclasses(arguments)
     return settings

@@ -340,6 +340,19 @@ def test_every_config_makes_its_pipeline(path, monkeypatch):
     train_sr.check_objective(settings, pipe, flow, pipe.unet.config.lr_channels is not None)
 
 
+def test_pictures_on_the_command_line_replace_those_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train_sr
+
+    (tmp_path / "folder.yaml").write_text("train_data_dir: [photos]\n")
+    config = str(ROOT / "configs/seed_flow_x4.yaml")
+    settings = train_sr.parse_settings(["--config", config, "--train_data_dir", "a", "b"])
+    assert (settings.train_data_dir, settings.dataset_name) == (["a", "b"], None)
+    settings = train_sr.parse_settings(["--config", str(tmp_path / "folder.yaml"), "--dataset_name=DIV2K"])
+    assert (settings.train_data_dir, settings.dataset_name) == ([], "DIV2K")
+    assert train_sr.parse_settings(["--config", config]).dataset_name == "DIV2K"
+
+
 # One short run of each system's config: its network made small, its objective, data and scheduler as they are.
 SEEDS = {
     "seed_flow_x4": {"block_out_channels": [8, 8, 8]},
