@@ -8,7 +8,6 @@ distance between real faces and other real faces.
 """
 
 import argparse
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from flowsr import FlowMatchPipeline
 from flowsr.conversion import convert
 from flowsr.data import CropDataset, Cropping, load_images
 from flowsr.lpips import SqueezeLPIPS
@@ -60,28 +58,25 @@ def main() -> None:
         kid.update(pictures, real=False)
         mean, std = kid.compute()
         kid.reset()
-        print(f"| {name} | {1000 * float(mean):.2f} +- {1000 * float(std):.2f} |", flush=True)
+        print(f"| {name} | {float(mean):.2f} +- {float(std):.2f} |", flush=True)
 
-    print("| faces | 1000 x KID |\n|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for number, checkpoint in enumerate(checkpoints):
-            place = Path(folder) / checkpoint.name
-            convert(checkpoint, place)
-            pipe = FlowMatchPipeline.from_pretrained(place)
-            pipe.set_progress_bar_config(disable=True)
-            if number == 0:
-                side = pipe.config.sample_size[0]
-                cropping = Cropping(side, 1, augmentation="none", center_crop=True, resize_to=side)
-                faces = load_images([options.faces], None)
-                crops = CropDataset(faces, cropping, 0, len(faces))  # shuffled
-                real = torch.stack([crops[number]["hr"] for number in range(len(faces))])
-                kid.update(real[options.samples :], real=True)
-                row("real", real[: options.samples])
-            generator, samples = torch.Generator().manual_seed(0), []
-            for part in torch.arange(options.samples).split(50):
-                answer = pipe(len(part), num_inference_steps=options.steps, generator=generator, output_type="pt")
-                samples.append(answer.images * 2 - 1)
-            row(f"generated, {checkpoint.name.split('-')[1]} steps of training", torch.cat(samples))
+    print("| faces | KID |\n|---|---|")
+    for number, checkpoint in enumerate(checkpoints):
+        pipe = convert(checkpoint)
+        pipe.set_progress_bar_config(disable=True)
+        if number == 0:
+            side = pipe.config.sample_size[0]
+            cropping = Cropping(side, 1, augmentation="none", center_crop=True, resize_to=side)
+            faces = load_images([options.faces], None)
+            crops = CropDataset(faces, cropping, 0, len(faces))  # shuffled
+            real = torch.stack([crops[number]["hr"] for number in range(len(faces))])
+            kid.update(real[options.samples :], real=True)
+            row("real", real[: options.samples])
+        generator, samples = torch.Generator().manual_seed(0), []
+        for part in torch.arange(options.samples).split(50):
+            answer = pipe(len(part), num_inference_steps=options.steps, generator=generator, output_type="pt")
+            samples.append(answer.images * 2 - 1)
+        row(f"generated, {checkpoint.name.split('-')[1]} steps of training", torch.cat(samples))
     if options.grid:
         Image.fromarray(generated_grid(pipe, options.steps)).save(options.grid)
 
