@@ -50,7 +50,6 @@ from flowsr.objectives import (
     generators_for,
     perceptual_loss,
     sigmas_for,
-    split_distance,
     timesteps_for,
 )
 from flowsr.pipelines.prior import estimate
@@ -369,7 +368,7 @@ def main(arguments: list[str]) -> None:
         prediction = unet(x_t, timestep, **conditions).sample
         velocity = scheduler.predict_velocity(prediction, x_t, timestep)
         target = scheduler.get_velocity(hr, source, timestep)
-        loss = split_distance(distance, distance_at_end, velocity, target, sigma)
+        loss = torch.where(sigma == 1, distance_at_end(velocity, target), distance(velocity, target)).mean()
         if settings.perceptual_weight or settings.colour_weight:
             image = scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight:
@@ -389,8 +388,8 @@ def main(arguments: list[str]) -> None:
         x_t = scheduler.add_noise(original, noise, timestep)
         prediction = unet(x_t, timestep, **conditions).sample
         if scheduler.config.prediction_type == "v_prediction":
-            return distance(prediction, scheduler.get_velocity(original, noise, timestep))
-        return distance(prediction, noise if scheduler.config.prediction_type == "epsilon" else original)
+            return distance(prediction, scheduler.get_velocity(original, noise, timestep)).mean()
+        return distance(prediction, noise if scheduler.config.prediction_type == "epsilon" else original).mean()
 
     def validate() -> None:
         """Metrics and grids of the EMA weights on the held-out pictures; the best pipeline so far is kept."""

@@ -64,7 +64,9 @@ def main() -> None:
         adaptive = upscaled(pipe, solver="dopri5", rtol=options.tolerance, atol=options.tolerance)
         row(f"{place}, dopri5", pipe.num_evaluations, adaptive)
     if options.grid:
-        Image.fromarray(coupling_grid(pipes[options.checkpoints[0]], pairs[:: len(pairs) // 10], 8)).save(options.grid)
+        Image.fromarray(coupling_grid(pipes[options.checkpoints[0]], pairs[:: -(-len(pairs) // 10)], 8)).save(
+            options.grid
+        )
 
 
 if __name__ == "__main__":

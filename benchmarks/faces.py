@@ -60,18 +60,16 @@ def main() -> None:
         kid.reset()
         print(f"| {name} | {float(mean):.2f} +- {float(std):.2f} |", flush=True)
 
+    side = convert(checkpoints[0]).config.sample_size[0]
+    faces = load_images([options.faces], None)
+    crops = CropDataset(faces, Cropping(side, 1, augmentation="none", center_crop=True, resize_to=side))  # shuffled
+    real = torch.stack([crops[number]["hr"] for number in range(len(faces))])
+    kid.update(real[options.samples :], real=True)
     print("| faces | KID |\n|---|---|")
-    for number, checkpoint in enumerate(checkpoints):
+    row("real", real[: options.samples])
+    for checkpoint in checkpoints:
         pipe = convert(checkpoint)
         pipe.set_progress_bar_config(disable=True)
-        if number == 0:
-            side = pipe.config.sample_size[0]
-            cropping = Cropping(side, 1, augmentation="none", center_crop=True, resize_to=side)
-            faces = load_images([options.faces], None)
-            crops = CropDataset(faces, cropping, 0, len(faces))  # shuffled
-            real = torch.stack([crops[number]["hr"] for number in range(len(faces))])
-            kid.update(real[options.samples :], real=True)
-            row("real", real[: options.samples])
         generator, samples = torch.Generator().manual_seed(0), []
         for part in torch.arange(options.samples).split(50):
             answer = pipe(len(part), num_inference_steps=options.steps, generator=generator, output_type="pt")

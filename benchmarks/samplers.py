@@ -1,6 +1,8 @@
-"""Few steps of DDIM against a thousand ancestral ones, of one trained diffusion. Prints a table.
+"""Few steps of DDIM against a thousand ancestral ones, of one trained diffusion.
 
-python benchmarks/samplers.py runs/small_ddpm Set5/HR --lr Set5/LRx4 --lpips_weights lpips_squeeze_v0.1.safetensors
+    python benchmarks/samplers.py runs/small_ddpm Set5/HR --lr Set5/LRx4 --lpips_weights lpips_squeeze_v0.1.safetensors
+
+Prints the numbers of `flowsr evaluate`, a row for each sampler.
 """
 
 import argparse

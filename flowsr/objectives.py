@@ -2,63 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 SILVER_RATIO = 2**0.5 - 1
 
 
-# Distances of prediction and target, `(batch, c, h, w)` twice -> scalar mean.
+# Distances of prediction and target, `(batch, c, h, w)` twice -> `(batch,)`.
 
 
-def charbonnier(prediction: torch.Tensor, target: torch.Tensor, epsilon: float = 1e-3) -> torch.Tensor:
-    """Mean of sqrt(error^2 + epsilon^2), a smooth L1 (Charbonnier et al. 1994)."""
-    return torch.sqrt((prediction - target).square() + epsilon**2).mean()
+def l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean of |error|."""
+    return mean_of_each(F.l1_loss(prediction, target, reduction="none"))
 
 
-def huber(prediction: torch.Tensor, target: torch.Tensor, delta: float = 0.1) -> torch.Tensor:
-    """Mean of error^2 / 2 up to |error| = delta, linear beyond (Huber 1964); delta in units of the velocity."""
-    return F.huber_loss(prediction, target, delta=delta)
+def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean of error^2."""
+    return mean_of_each(F.mse_loss(prediction, target, reduction="none"))
 
 
 def rmse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of each picture's root mean square error.
+    """Square root of the MSE.
 
     Its unit is that of L1, so that the two can be mixed; its minimum, in many dimensions, is that of the MSE, with
     pictures weighted by 1 / RMSE: between MSE (all alike) and the mean of PSNR (1 / MSE).
     """
     error = (prediction - target).flatten(1)
-    return torch.linalg.vector_norm(error, dim=1).mean() / error.shape[1] ** 0.5
+    return torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5  # whose gradient at 0 is 0, unlike sqrt's
+
+
+def charbonnier(prediction: torch.Tensor, target: torch.Tensor, epsilon: float = 1e-3) -> torch.Tensor:
+    """Mean of sqrt(error^2 + epsilon^2), a smooth L1 (Charbonnier et al. 1994)."""
+    return mean_of_each(torch.sqrt((prediction - target).square() + epsilon**2))
+
+
+def huber(prediction: torch.Tensor, target: torch.Tensor, delta: float = 0.1) -> torch.Tensor:
+    """Mean of error^2 / 2 up to |error| = delta, linear beyond (Huber 1964); delta in units of the velocity."""
+    return mean_of_each(F.huber_loss(prediction, target, delta=delta, reduction="none"))
+
+
+def mean_of_each(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).mean(1)
 
 
 LOSSES = {
-    "l1": F.l1_loss,  # posterior median: the vivid end of the dial then improves with every step
-    "mse": F.mse_loss,  # posterior mean: Lipman et al. 2023, eq. 14
+    "l1": l1,  # posterior median: the vivid end of the dial then improves with every step
+    "mse": mse,  # posterior mean: Lipman et al. 2023, eq. 14
+    "rmse": rmse,
     "charbonnier": charbonnier,
     "huber": huber,
-    "rmse": rmse,
 }
-
-
-def split_distance(
-    inside: Distance, end: Distance, prediction: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor
-) -> torch.Tensor:
-    """Mean over the batch of `end` for the crops at sigma = 1, whose answer is the one step, and `inside` for others.
-
-    `sigma`: `(batch,)`, in (0, 1].
-    """
-    at_end = sigma == 1
-    parts = [
-        distance(prediction[chosen], target[chosen]) * chosen.sum()
-        for distance, chosen in ((end, at_end), (inside, ~at_end))
-        if chosen.any()
-    ]
-    return sum(parts) / len(sigma)
 
 
 # Further terms, on the image estimate.
