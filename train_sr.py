@@ -13,13 +13,14 @@ pipeline lands in `--output_dir`, with the settings, the metrics and pictures of
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import diffusers
@@ -27,9 +28,8 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -37,6 +37,7 @@ from transformers import HfArgumentParser
 
 import flowsr
 from flowsr import FlowMatchSREulerScheduler, checkpoints
+from flowsr.averages import Averages, trainable
 from flowsr.components import pipeline_from
 from flowsr.data import CropDataset, Cropping, CropStream, load_images, smaller_than
 from flowsr.degradations import CHAINS, degrade
@@ -58,6 +59,7 @@ from flowsr.publish import publish
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
+STRICT_ABOUT_LAYOUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # weights in channels_last are refused
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal, as shells have it
 
 
@@ -240,6 +242,7 @@ def main(arguments: list[str]) -> None:
         log_with=settings.report_to,
         project_dir=str(output_dir),
     )
+    check_strategy(accelerator)
     set_seed(settings.seed)
     for number in (signal.SIGTERM, signal.SIGINT):  # answered after the optimiser step that it falls in, by all
         signal.signal(number, lambda *_: accelerator.set_trigger())
@@ -255,9 +258,11 @@ def main(arguments: list[str]) -> None:
         unet.enable_gradient_checkpointing()
     if settings.lora_rank:
         add_adapters(unet, settings.lora_rank)
-    unet.to(accelerator.device, memory_format=torch.channels_last)
-    ema = EMAModel(trainable(unet), decay=settings.ema_decay)
-    ema.to(accelerator.device)
+    unet.to(accelerator.device)
+    if accelerator.distributed_type not in STRICT_ABOUT_LAYOUT:
+        unet.to(memory_format=torch.channels_last)
+    shown = copy.deepcopy(unet).eval()  # the pipeline's own network, whole on every device: it takes the averages
+    pipe.register_modules(unet=shown)
 
     # Data: the last pictures of a shuffle (the first of a stream) are held out.
     step_of_sizes = math.lcm(unet.size_multiple, scale)
@@ -267,7 +272,7 @@ def main(arguments: list[str]) -> None:
         settings.resolution, scale, settings.seed, unet.config.out_channels, settings.degradation,
         settings.augmentation, settings.center_crop, settings.resize_to,
     )  # fmt: skip
-    classes = getattr(unet.config, "num_class_embeds", None)
+    classes = getattr(shown.config, "num_class_embeds", None)
     with accelerator.main_process_first():
         images = load_images(settings.train_data_dir, settings.dataset_name, classes is not None, settings.streaming)
     if classes is not None and images.features["label"].num_classes != classes:
@@ -290,7 +295,15 @@ def main(arguments: list[str]) -> None:
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=total_steps,
     )
+    if accelerator.is_fsdp2 and settings.mixed_precision != "no":  # the network keeps pictures in float32 by itself
+        fsdp = accelerator.state.fsdp_plugin
+        exact = {"cast_forward_inputs": False, "output_dtype": None}
+        fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, **exact)
+    if deepspeed := accelerator.state.deepspeed_plugin:  # it clips by itself, and cannot ask the loader made below
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
+        deepspeed.deepspeed_config["gradient_clipping"] = settings.max_grad_norm
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema = Averages(unet, settings.ema_decay)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, lr_schedule, progress)
     if checkpoint:
@@ -336,7 +349,7 @@ def main(arguments: list[str]) -> None:
             frozen.requires_grad_(False).to(accelerator.device)
     lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
     low, high = getattr(pipe.config, "data_range", (-1.0, 1.0))
-    dropout = getattr(accelerator.unwrap_model(unet).config, "condition_dropout", 0.0)
+    dropout = getattr(shown.config, "condition_dropout", 0.0)
 
     def to_data_range(x: torch.Tensor) -> torch.Tensor:
         return low + (x + 1) * (high - low) / 2
@@ -381,7 +394,9 @@ def main(arguments: list[str]) -> None:
     def diffusion_loss(batch: dict) -> torch.Tensor:
         """Ho et al. 2020, eq. 14, for the noise; Salimans and Ho 2022, appendix D, for v; or the sample itself."""
         hr, index, conditions = batch["hr"], batch["index"], conditions_of(batch)
-        original = hr - pipe.upsample(conditions["lr"]) if pipe.config.target == "residual" else hr
+        original = hr
+        if pipe.config.target == "residual":
+            original = (hr - pipe.upsample(conditions["lr"])) / pipe.config.residual_std
         timestep = timesteps_for(index, settings.seed, scheduler.config.num_train_timesteps, settings.timestep_law)
         draws = generators_for(index, settings.seed)
         noise = torch.stack([torch.randn(hr.shape[1:], generator=g, device=hr.device) for g in draws])
@@ -392,13 +407,10 @@ def main(arguments: list[str]) -> None:
         return distance(prediction, noise if scheduler.config.prediction_type == "epsilon" else original).mean()
 
     def validate() -> None:
-        """Metrics and grids of the EMA weights on the held-out pictures; the best pipeline so far is kept."""
+        """Metrics and grids of the averaged weights on the held-out pictures; the best pipeline so far is kept."""
+        ema.copy_to(trainable(shown))
         if not accelerator.is_main_process or not settings.num_validation_images:
             return
-        ema.store(trainable(unet))
-        ema.copy_to(trainable(unet))
-        network = accelerator.unwrap_model(unet).eval()
-        pipe.register_modules(unet=network)
         pipe.set_progress_bar_config(disable=True)
         steps, grids = settings.validation_inference_steps, {}
         record = {"event": "validation", "step": progress.step}
@@ -423,8 +435,6 @@ def main(arguments: list[str]) -> None:
         if quality is not None and quality > progress.best and not settings.lora_rank:
             progress.best = quality
             pipe.save_pretrained(output_dir / "best")
-        ema.restore(trainable(unet))
-        unet.train()
 
     pairs = [pair_of(cropping, row) for row in held_out] if upscales else []
     objective = flow_matching_loss if is_flow else diffusion_loss
@@ -488,15 +498,13 @@ def main(arguments: list[str]) -> None:
             sys.exit(STOPPED)
     bar.close()
 
-    # The finished pipeline: EMA weights, network and scheduler.
+    # The finished pipeline: averaged weights, network and scheduler.
     accelerator.wait_for_everyone()
+    ema.copy_to(trainable(shown))
     if accelerator.is_main_process:
-        ema.copy_to(trainable(unet))
-        network = accelerator.unwrap_model(unet).eval()
         if settings.lora_rank:
-            network.fuse_lora()
-            network.unload_lora()
-        pipe.register_modules(unet=network)
+            shown.fuse_lora()
+            shown.unload_lora()
         plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
         pipe.save_pretrained(output_dir)
         accelerator.print(f"The pipeline is in {output_dir}.")
@@ -530,6 +538,17 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
 
 
+def check_strategy(accelerator: Accelerator) -> None:
+    """Refuses those that leave a process without weights to average."""
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 hides the weights, of which averages are kept: choose `fsdp_version: 2`.")
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "ZeRO stage 3 hides the weights, of which averages are kept: choose `zero_stage` 1 or 2, or FSDP 2."
+        )
+
+
 def add_adapters(unet: torch.nn.Module, rank: int) -> None:
     """Freezes the network and adds low-rank adapters (Hu et al. 2022) to its convolutions and attention."""
     try:
@@ -540,10 +559,6 @@ def add_adapters(unet: torch.nn.Module, rank: int) -> None:
     names = [name for name, module in unet.named_modules() if isinstance(module, kinds) and "embedding" not in name]
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-
-
-def trainable(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
 def hold_out(images, settings: Settings, accelerator: Accelerator):

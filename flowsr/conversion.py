@@ -225,11 +225,11 @@ def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
     """The pipeline that the run would have left had it ended at this checkpoint; without `ema` the raw weights."""
     import yaml
 
-    weights, beside = folder / "model.safetensors", folder.parent / "settings.yaml"
-    if not weights.is_file() or not beside.is_file():
+    beside, registered = folder.parent / "settings.yaml", sorted(folder.glob("custom_checkpoint_*.pkl"))
+    if not registered or not beside.is_file():
         raise ConversionError(
             f"{folder} is neither a pipeline folder (with model_index.json) nor a checkpoint of train_sr.py (with "
-            "model.safetensors, and settings.yaml beside the folder)."
+            "custom_checkpoint_0.pkl, and settings.yaml beside the folder)."
         )
     settings = yaml.safe_load(beside.read_text())
     if settings.get("lora_rank"):
@@ -237,16 +237,18 @@ def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
             f"{folder} holds adapters, which are merged at the end of a run; go on with `--resume_from_checkpoint "
             "latest` and `--max_train_steps` as many as it has done."
         )
+    if not ema and not (folder / "model.safetensors").is_file():
+        raise ConversionError(f"{folder} has no model.safetensors: raw weights are sharded there; take the averages.")
     configs = [settings.get(name) or {} for name in ("pipeline", "unet", "scheduler")]
     pipe = pipeline_from(*configs, pretrained=settings.get("pretrained_model_name_or_path"))
-    state = read_checkpoint(weights)
     if ema:
-        registered = [read_checkpoint(file) for file in sorted(folder.glob("custom_checkpoint_*.pkl"))]
-        averages = [found["shadow_params"] for found in registered if "shadow_params" in found]
+        averages = [state["shadow_params"] for state in map(read_checkpoint, registered) if "shadow_params" in state]
         names = [name for name, _ in pipe.unet.named_parameters()]  # in the order in which EMAModel keeps them
         if len(averages) != 1 or len(averages[0]) != len(names):
             raise ConversionError(f"{folder} has no averaged weights for this network; see `--weights`.")
-        state |= dict(zip(names, averages[0]))
+        state = dict(zip(names, averages[0]))
+    else:
+        state = read_checkpoint(folder / "model.safetensors")
     load_all(pipe.unet, state)
     pipe.unet.eval()
     return pipe

@@ -198,6 +198,8 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         time_embedding_max_period (`float`): longest wave length of these, over 2 pi.
         num_class_embeds (`int`, *optional*): number of classes; index `num_class_embeds` then means "no class".
         precondition (`bool`): see above.
+        lr_detail (`bool`, *optional*, defaults to `precondition`): shows the network, beside the LR, how that differs
+            from its local mean, in units of `residual_std`; without norm the network learns faster with it.
         residual_std (`float`): s_r, in units of the [-1, 1] range.
         source_noise_std (`float`): s, as in the scheduler.
         bicubic_coefficient (`-0.5` or `-0.75`): the cubic of the internal upsampling: MATLAB's and Pillow's, or
@@ -210,7 +212,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SRStage", "SRResBlock", "SRAttentionBlock"]
+    _no_split_modules = ["SRStage", "SRResBlock"]
     _repeated_blocks = ["SRResBlock"]
     _skip_layerwise_casting_patterns = ["time_embedding", "class_embedding", "norm", "conv_in", "conv_out"]
 
@@ -235,6 +237,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         time_embedding_max_period: float = 10000.0,
         num_class_embeds: int | None = None,
         precondition: bool = True,
+        lr_detail: bool | None = None,
         residual_std: float = 0.09,
         source_noise_std: float = 0.1,
         bicubic_coefficient: float = -0.5,
@@ -275,7 +278,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         cond_channels = 0
         if lr_channels is not None:
             cond_channels = lr_channels if patch_size == scale_factor else lr_channels * patch_size**2
-            cond_channels *= 2 if precondition else 1
+            cond_channels *= 2 if self.sees_lr_detail else 1
         widths = list(block_out_channels)
         last = widths[-1]
         common = {"temb_channels": time_embedding_dim, "norm": norm, "groups": norm_num_groups}
@@ -297,6 +300,8 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         self.mid_attn = None
         if mid_attention:
             self.mid_attn = SRAttentionBlock(last, num_attention_heads, norm, norm_num_groups)
+        if mid_attention or attention_levels:  # FSDP refuses names of what is not there
+            self._no_split_modules = [*self._no_split_modules, "SRAttentionBlock"]
         self.norm_out = make_norm(norm, widths[0], norm_num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1)
         self.gradient_checkpointing = False
@@ -322,6 +327,11 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         radius += 2 * config.mid_layers * 2 ** (levels - 1)
         radius += sum(2**level + 2 * 2**level for level in range(levels - 1))  # strided conv; nearest and conv
         return radius * config.patch_size + 3 * config.scale_factor  # and the upsampling or the detail of lr
+
+    @property
+    def sees_lr_detail(self) -> bool:
+        """Whether the LR's detail stands beside the LR."""
+        return self.config.precondition if self.config.lr_detail is None else self.config.lr_detail
 
     def preconditioning(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c_skip and c_out, the two factors of the class docstring, of the shape of `sigma` (in [0, 1])."""
@@ -382,7 +392,7 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
         if lr is not None:
             same_grid = config.patch_size == config.scale_factor
             condition = lr if same_grid else F.pixel_unshuffle(lr_up, config.patch_size)
-            if config.precondition:  # beside the LR its detail, at the scale of the residual that it is to explain
+            if self.sees_lr_detail:  # at the scale of the residual that it is to explain
                 mean = F.avg_pool2d(condition, 5, stride=1, padding=2, count_include_pad=False)
                 condition = torch.cat([condition, (condition - mean) / config.residual_std], dim=1)
             if drop_condition is not None:

@@ -41,6 +41,9 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
         target (`"residual"`, `"image"`): what is diffused: the picture less its bicubic upsampling, or the picture.
         bicubic_coefficient (`-0.5` or `-0.75`): the cubic of that upsampling: MATLAB's and Pillow's, or torch's and
             OpenCV's.
+        residual_std (`float`): what a residual is divided by before it is diffused. That of photos has a standard
+            deviation of about 0.09; brought to about 1, as schedules expect, its detail forms over the whole
+            diffusion and not in the last few steps (Karras et al. 2022, section 5, on sigma_data).
         image_mean, image_std (`list[float]`, *optional*), image_size (`int`, *optional*): how `image_encoder` wants
             its pictures (see [`context_tokens`]).
 
@@ -59,6 +62,7 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
         target: str = "residual",
         image_encoder: torch.nn.Module | None = None,
         bicubic_coefficient: float = -0.5,
+        residual_std: float = 1.0,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         image_size: int | None = None,
@@ -68,11 +72,13 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
             raise ValueError(f"`target` must be 'residual' or 'image', got {target!r}.")
         if bicubic_coefficient not in (-0.5, -0.75):
             raise ValueError(f"`bicubic_coefficient` must be -0.5 or -0.75, got {bicubic_coefficient}.")
+        if not residual_std > 0 or (target == "image" and residual_std != 1):
+            raise ValueError(f"`residual_std` must be positive, and 1 for the target 'image', got {residual_std}.")
         check_encoder(unet, image_encoder, image_mean, image_std)
         self.register_modules(unet=unet, scheduler=scheduler, image_encoder=image_encoder)
         self.register_to_config(
-            target=target, bicubic_coefficient=bicubic_coefficient, image_mean=image_mean, image_std=image_std,
-            image_size=image_size,
+            target=target, bicubic_coefficient=bicubic_coefficient, residual_std=residual_std, image_mean=image_mean,
+            image_std=image_std, image_size=image_size,
         )  # fmt: skip
         self.num_evaluations = 0
 
@@ -112,7 +118,8 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
                 noise to start from instead of a draw.
             prompt_embeds (`torch.Tensor` of shape `(pictures, tokens, cross_attention_dim)`, *optional*): context
                 tokens, of a caption for instance, instead of those of `image_encoder`.
-            output_type: "pil", "np", "pt", or "latent": the final state, which is the residual for that target.
+            output_type: "pil", "np", "pt", or "latent": the final state, which for the target "residual" is that
+                over `residual_std`.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
@@ -182,7 +189,7 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
                 if output_type == "latent":
                     images.extend(x_t)
                     continue
-                hr = lr_up + x_t if self.config.target == "residual" else x_t
+                hr = lr_up + self.config.residual_std * x_t if self.config.target == "residual" else x_t
                 if consistency is not None:
                     hr = make_consistent(hr, lr, self.scale_factor, consistency)
                 images += write_group(group, hr, num_images_per_prompt, output_type)

@@ -48,12 +48,12 @@ def make_context_unet(**config) -> ContextUNetSRModel:
     return unet
 
 
-def make_ddpm(unet=None, scheduler=None, target="residual") -> DDPMSRPipeline:
+def make_ddpm(unet=None, scheduler=None, target="residual", residual_std=1.0) -> DDPMSRPipeline:
     scheduler = scheduler or DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
         timestep_spacing="trailing", rescale_betas_zero_snr=False,
     )  # fmt: skip
-    pipe = DDPMSRPipeline(unet or make_context_unet(), scheduler, target)
+    pipe = DDPMSRPipeline(unet or make_context_unet(), scheduler, target, residual_std=residual_std)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -88,10 +88,10 @@ class Oracle(ContextUNetSRModel):
         return (alpha.sqrt() * noise - (1 - alpha).sqrt() * self.residual,)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 20])
-def test_perfect_v_prediction_arrives_exactly_at_the_residual(steps):
+@pytest.mark.parametrize(("steps", "residual_std"), [(1, 1.0), (3, 1.0), (20, 1.0), (3, 0.25)])
+def test_perfect_v_prediction_arrives_exactly_at_the_residual(steps, residual_std):
     unet = Oracle(block_out_channels=(8,), layers_per_block=1)
-    pipe = make_ddpm(unet)
+    pipe = make_ddpm(unet, residual_std=residual_std)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
     unet.alphas_cumprod = pipe.scheduler.alphas_cumprod
     unet.residual = 0.2 * torch.randn(1, 3, 16, 20, generator=seeded())
@@ -99,7 +99,8 @@ def test_perfect_v_prediction_arrives_exactly_at_the_residual(steps):
     torch.testing.assert_close(latent, unet.residual, atol=2e-3, rtol=0)
     picture = torch.full((1, 3, 4, 5), 0.5)
     out = pipe(picture, steps, generator=seeded(1), output_type="pt").images
-    expected = F.interpolate(picture, scale_factor=4.0, mode="bicubic", antialias=True) + unet.residual / 2
+    expected = F.interpolate(picture, scale_factor=4.0, mode="bicubic", antialias=True)
+    expected = expected + residual_std * unet.residual / 2
     torch.testing.assert_close(out, expected.clamp(0, 1), atol=2e-3, rtol=0)
 
 
@@ -302,6 +303,10 @@ def test_bad_input_is_refused():
         make_ddpm(target="both")
     with pytest.raises(ValueError, match="`bicubic_coefficient`"):
         DDPMSRPipeline(make_context_unet(), DDIMScheduler(), bicubic_coefficient=-1.0)
+    with pytest.raises(ValueError, match="`residual_std` must be positive"):
+        make_ddpm(residual_std=0.0)
+    with pytest.raises(ValueError, match="1 for the target 'image'"):
+        make_ddpm(target="image", residual_std=0.1)
     with pytest.raises(ValueError, match="condition dropout"):
         pipe(random_picture(4, 4), guidance_scale=2.0)
 

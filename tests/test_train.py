@@ -2,20 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import random_picture, smooth_picture
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 from flowsr import DDPMSRPipeline, FlowMatchPipeline, FlowMatchSRPipeline, UNetSRModel
 from flowsr.components import pipeline_from
+from flowsr.conversion import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"block_out_channels": [8], "layers_per_block": 1, "mid_layers": 0, "time_embedding_dim": 8}
@@ -83,6 +87,68 @@ def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path):
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+DEEPSPEED = ("--use_deepspeed", "--zero_stage", "2")
+
+
+def launch_sharded(how: tuple[str, ...], *arguments) -> None:
+    if how is DEEPSPEED:
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
+    program = ["accelerate.commands.launch", "--num_processes", "2", *how, ROOT / "tests/train_sharded.py"]
+    call = map(str, [sys.executable, "-m", *program, *arguments])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how", [FSDP, DEEPSPEED], ids=["fsdp", "deepspeed"])
+def test_weights_spread_over_two_processes_train_as_in_one_and_resume(how, photo_folder, tmp_path):
+    schedule = ("--max_train_steps", 3, "--logging_steps", 1, "--validation_steps", 2, "--checkpointing_steps", 2)
+    whole, spread = tmp_path / "whole", tmp_path / "spread"
+    launch_sharded(how, *tiny(photo_folder, spread, *schedule, "--train_batch_size", 2))
+    done = launch(1, *tiny(photo_folder, whole, *schedule, "--train_batch_size", 4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(losses(spread), losses(whole), atol=2e-6)
+    psnr = [[r["psnr_y_1"] for r in records(out) if r.get("event") == "validation"] for out in (spread, whole)]
+    np.testing.assert_allclose(*psnr, atol=2e-3)
+    first = weights(spread)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(first[name], weight, atol=2e-4, rtol=1e-3)
+    # A checkpoint that both have written goes on to the bit, and becomes a pipeline.
+    shutil.rmtree(spread / "checkpoint-3")
+    resume = ("--resume_from_checkpoint", "latest")
+    launch_sharded(how, *tiny(photo_folder, spread, *schedule, "--train_batch_size", 2, *resume))
+    converted = convert(spread / "checkpoint-3").unet.state_dict()
+    for name, weight in weights(spread).items():
+        assert torch.equal(weight, first[name])
+        assert torch.equal(weight, converted[name])
+
+
+@pytest.mark.parametrize("how", [FSDP, DEEPSPEED], ids=["fsdp", "deepspeed"])
+def test_spread_weights_of_sixteen_bits_leave_pictures_precise(how, photo_folder, tmp_path):
+    few = ("--max_train_steps", 1, "--num_validation_images", 0, "--mixed_precision", "bf16")
+    launch_sharded(how, *tiny(photo_folder, tmp_path / "spread", *few, "--train_batch_size", 2))
+    done = launch(1, *tiny(photo_folder, tmp_path / "whole", *few, "--train_batch_size", 4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(losses(tmp_path / "spread"), losses(tmp_path / "whole"), atol=3e-6)
+
+
+def test_strategies_that_hide_weights_are_refused():
+    from train_sr import check_strategy
+
+    def accelerator(strategy: str, version: int = 2, stage: int = 0) -> SimpleNamespace:
+        plugin = SimpleNamespace(zero_stage=stage) if stage else None
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        return SimpleNamespace(distributed_type=strategy, is_fsdp2=version == 2, state=state)
+
+    check_strategy(accelerator("FSDP"))
+    check_strategy(accelerator("DEEPSPEED", stage=2))
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        check_strategy(accelerator("FSDP", version=1))
+    with pytest.raises(ValueError, match="`zero_stage` 1 or 2"):
+        check_strategy(accelerator("DEEPSPEED", stage=3))
 
 
 def test_weights_and_biases_gets_curves_and_grids(photo_folder, tmp_path, monkeypatch):
@@ -173,6 +239,21 @@ def test_diffusion_of_residuals_with_its_scheduler_and_trackers(train_script, ph
     told = [EventAccumulator(str(events)).Reload().Tags() for events in (out / "flowsr").rglob("events*")]
     assert {"loss", "psnr_y_2"} <= {name for tags in told for name in tags["scalars"]}
     assert "bicubic_sr_hr" in {name for tags in told for name in tags["images"]}
+
+
+def test_a_residual_is_diffused_in_units_of_its_std(train_script, photo_folder, tmp_path):
+    unet = UNetSRModel(**SMALL, precondition=False)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)  # predicts 0, so that the loss is the mean square of what it is to be
+    loss = {}
+    for std in (1.0, 0.1):
+        start, out = tmp_path / f"start{std}", tmp_path / f"run{std}"
+        DDPMSRPipeline(unet, DDIMScheduler(prediction_type="sample"), residual_std=std).save_pretrained(start)
+        few = ("--max_train_steps", 1, "--num_validation_images", 0, "--loss", "mse")
+        done = train_script(*tiny(photo_folder, out, *few, "--pretrained_model_name_or_path", start))
+        assert done.status == 0, done.output
+        (loss[std],) = losses(out)
+    assert loss[0.1] == pytest.approx(100 * loss[1.0], rel=1e-2)
 
 
 def test_class_conditional_generation(train_script, tmp_path):

@@ -117,7 +117,8 @@ def test_at_sigma_one_a_silent_network_returns_the_upsampled_lr():
 @pytest.mark.parametrize(
     "config",
     [{}, {"norm": "layer"}, {"layers_per_block": 2, "mid_layers": 0}, {"patch_size": 2}, {"patch_size": 1},
-     {"block_out_channels": (8, 8)}, {"block_out_channels": (4, 4, 4), "patch_size": 1}],
+     {"block_out_channels": (8, 8)}, {"block_out_channels": (4, 4, 4), "patch_size": 1},
+     {"precondition": False, "lr_detail": True}],
 )  # fmt: skip
 def test_receptive_field_bounds_what_a_pixel_depends_on(config):
     unet = make_unet(**config).double()
@@ -136,6 +137,20 @@ def test_receptive_field_bounds_what_a_pixel_depends_on(config):
 @pytest.mark.parametrize("config", [{"norm": "group"}, {"mid_attention": True}, {"attention_levels": (0,)}])
 def test_networks_that_see_everything_say_so(config):
     assert UNetSRModel(block_out_channels=(8,), **config).receptive_field is None
+
+
+@pytest.mark.parametrize("config", [{"precondition": False, "lr_detail": True}, {}])
+def test_the_detail_of_the_lr_is_what_differs_from_its_neighbourhood(config):
+    unet, seen = make_unet(residual_std=0.25, **config), []
+    sample, timestep, lr = inputs(unet)
+    unet.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    unet(sample, timestep, lr)
+    shown, detail = seen[0][:, -6:-3], seen[0][:, -3:]
+    torch.testing.assert_close(shown, lr)
+    height, width = lr.shape[-2:]
+    for y, x in ((0, 0), (height - 1, 1), (height // 2, width // 2)):
+        around = lr[:, :, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3].mean((2, 3))
+        torch.testing.assert_close(detail[:, :, y, x], (lr[:, :, y, x] - around) / 0.25)
 
 
 def test_dropped_condition_hides_the_detail_of_the_lr():
