@@ -47,6 +47,17 @@ def bicubic_matrix(size: int, scale: int) -> np.ndarray:
     return matrix
 
 
+def banded_product(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """`matrix @ columns` for a matrix that is zero far from its diagonal: a few rows at a time, without the zeros."""
+    parts = []
+    for start in range(0, len(matrix), 8):
+        rows = matrix[start : start + 8]
+        used = np.flatnonzero(rows.any(axis=0))
+        near = slice(used[0], used[-1] + 1)
+        parts.append(rows[:, near] @ columns[near].astype(matrix.dtype))
+    return np.concatenate(parts)
+
+
 def cut_to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
     """The picture without the last rows and columns that make no whole LR pixel: `(h, w[, c])`."""
     height, width = (side - side % scale for side in image.shape[:2])
@@ -73,7 +84,7 @@ def downscale(image: np.ndarray, scale: int, rounded: bool = True) -> np.ndarray
         raise TypeError(f"`image` must be uint8, got {image.dtype}.")
     for axis in (0, 1):
         moved = np.moveaxis(image, axis, 0)
-        flat = bicubic_matrix(len(moved), scale) @ moved.reshape(len(moved), -1).astype(np.float64)
+        flat = banded_product(bicubic_matrix(len(moved), scale), moved.reshape(len(moved), -1))
         image = np.moveaxis(flat.reshape(-1, *moved.shape[1:]), 0, axis)
         if rounded:
             image = round_to_uint8(image)
