@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -21,7 +22,7 @@ def check_callback_inputs(pipe: DiffusionPipeline, names: list[str] | None) -> N
 
 
 def read_class_labels(
-    unet: torch.nn.Module, class_labels: int | list[int] | None, count: int, device: torch.device
+    unet: torch.nn.Module, class_labels: int | list[int] | torch.Tensor | None, count: int, device: torch.device
 ) -> torch.Tensor | None:
     """Class indices of `count` pictures, `(count,)`; no class where there is no label; `None` for a network without.
 
@@ -33,13 +34,31 @@ def read_class_labels(
         if class_labels is not None:
             raise ValueError("`class_labels` were given, but this network knows no classes.")
         return None
-    labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels] * count
+    labels = list(class_labels) if np.ndim(class_labels) else [class_labels] * count
     if len(labels) != count:
         raise ValueError(f"`class_labels` must hold one label per picture, got {len(labels)} for {count}.")
-    wrong = [label for label in labels if label is not None and not 0 <= label < classes]
+    wrong = [label for label in labels if label is not None and label not in range(classes)]
     if wrong:
-        raise ValueError(f"`class_labels` must lie in 0..{classes - 1}, got {wrong}.")
-    return torch.tensor([classes if label is None else label for label in labels], device=device)
+        raise ValueError(f"`class_labels` must be whole numbers in 0..{classes - 1}, got {wrong}.")
+    return torch.tensor([classes if label is None else int(label) for label in labels], device=device)
+
+
+def check_guidance(unet: torch.nn.Module, guidance_scale: float) -> None:
+    """Raises a ValueError where there is nothing that guidance could lead away from."""
+    if guidance_scale != 1 and not getattr(unet.config, "condition_dropout", 0):
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale}, but this network was trained without condition dropout; leave "
+            "it at 1, or train with `condition_dropout`."
+        )
+
+
+def check_flow(scheduler: SchedulerMixin) -> None:
+    """Raises a ValueError for a scheduler that does not know where a flow starts."""
+    if not hasattr(scheduler, "sample_source"):
+        raise ValueError(
+            f"A flow needs a FlowMatchSREulerScheduler, which knows its source; got {type(scheduler).__name__}, "
+            "which is for DDPMSRPipeline if it reverses a diffusion."
+        )
 
 
 def check_inputs(
@@ -60,11 +79,7 @@ def check_inputs(
         raise ValueError(f"`num_inference_steps` must be a whole number from 1, got {num_inference_steps!r}.")
     if consistency not in ("exact", "soft", None):
         raise ValueError(f"`consistency` must be 'exact', 'soft' or None, got {consistency!r}.")
-    if guidance_scale != 1 and not getattr(pipe.unet.config, "condition_dropout", 0):
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale}, but this network was trained without condition dropout; leave "
-            "it at 1, or train with `condition_dropout`."
-        )
+    check_guidance(pipe.unet, guidance_scale)
     if num_images_per_prompt < 1:
         raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
     if tile is not None and (not isinstance(tile, int) or tile < 1):

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import check_callback_inputs, read_class_labels
+from .checks import check_callback_inputs, check_flow, check_guidance, read_class_labels
 from .conventions import ConventionsMixin
 from .sharing import SelfContainedMixin
 from .solvers import SMALLEST_SIGMA, check_solver, integrate
@@ -50,7 +50,7 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: int | list[int] | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
         num_inference_steps: int = 20,
         solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler",
         rtol: float = 1e-4,
@@ -66,13 +66,14 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
         """Generates `batch_size` pictures, or one per class label.
 
         Args:
-            batch_size (`int`): number of pictures, where `class_labels` is not a list.
-            class_labels (`int` or `list[int]`, *optional*): 0..num_class_embeds - 1; without, a class-conditional
-                network generates of no class.
+            batch_size (`int`): number of pictures, where `class_labels` does not number them.
+            class_labels (`int`, list or tensor of these, *optional*): 0..num_class_embeds - 1; without, a network that
+                knows classes generates of no class.
             num_inference_steps (`int`): steps of the fixed-step solvers.
             solver: "euler" takes one network evaluation a step, "midpoint" and "heun" two, "rk4" four; "dopri5" as
                 many as `rtol` and `atol` need. `num_evaluations` holds the number afterwards.
-            guidance_scale (`float`): classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w).
+            guidance_scale (`float`): classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w), for a network
+                trained with `condition_dropout`.
             generator: of the noise, also a list of one per picture.
             latents (`torch.Tensor` of shape `(pictures, c, h, w)`, *optional*): the source to start from.
             output_type: "pil"; "np" `(n, h, w, c)` or "pt" `(n, c, h, w)` in [0, 1]; "latent", the state as it ends.
@@ -82,13 +83,15 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
         Raises:
             ValueError: for arguments that cannot be right, before any work.
         """
+        check_flow(self.scheduler)
         config = self.unet.config
-        count = len(class_labels) if isinstance(class_labels, (list, tuple)) else batch_size
+        count = len(class_labels) if np.ndim(class_labels) else batch_size
         if count < 1 or num_inference_steps < 1:
             raise ValueError(f"Nothing to do: {count} pictures in {num_inference_steps} steps.")
         given = read_class_labels(self.unet, class_labels, count, self._execution_device)
         if guidance_scale != 1 and class_labels is None:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no class to be guided to.")
+        check_guidance(self.unet, guidance_scale)
         check_solver(solver, callback_on_step_end)
         check_callback_inputs(self, callback_on_step_end_tensor_inputs)
         if output_type not in ("pil", "np", "pt", "latent"):

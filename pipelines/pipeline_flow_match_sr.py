@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import check_inputs, read_class_labels
+from .checks import check_flow, check_inputs, read_class_labels
 from .consistency import make_consistent
 from .conventions import ConventionsMixin
 from .pictures import group_by_size, read_images, stack_if_equal, write_group
@@ -85,7 +85,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        class_labels: int | list[int] | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Upscales; each output is exactly `scale_factor` times its input.
 
@@ -116,8 +116,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
                 "latent", the final state in the data range of the checkpoint, before clamping and consistency.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})` after each step; may return new latents.
                 `pipe._interrupt = True` within it stops there.
-            class_labels (`int` or `list[int]`, *optional*): of all pictures or of each, 0..num_class_embeds - 1, for
-                a network that knows classes; without, no class.
+            class_labels (`int`, list or tensor of these, *optional*): of all pictures or of each,
+                0..num_class_embeds - 1, for a network that knows classes; without, no class.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
@@ -126,6 +126,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipelin
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         pictures = read_images(image)
+        check_flow(self.scheduler)
         check_solver(solver, callback_on_step_end)
         if not 0 <= fidelity <= 1:
             raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity}.")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet
-from diffusers import ConfigMixin, ModelMixin
+from conftest import make_unet, random_picture
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from flowsr import FlowMatchPipeline, FlowMatchSREulerScheduler
+from flowsr import FlowMatchPipeline, FlowMatchSREulerScheduler, FlowMatchSRPipeline
 
 STD = 0.5
 MEANS = torch.tensor([-0.4, 0.1, 0.6])
@@ -24,7 +24,10 @@ class GaussianFlow(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, in_channels: int = 3, num_class_embeds: int = 3, lr_channels: int | None = None):
+    def __init__(
+        self, in_channels: int = 3, num_class_embeds: int = 3, lr_channels: int | None = None,
+        condition_dropout: float = 0.1,
+    ):  # fmt: skip
         super().__init__()
         self.register_buffer("means", torch.cat([MEANS, torch.zeros(1)]))  # the last: no class
 
@@ -73,7 +76,7 @@ def test_the_number_of_evaluations_is_that_of_network_calls(solver, a_step):
 def test_a_batch_is_its_pictures_one_by_one(channels, solver):
     unet = make_unet(
         in_channels=channels, out_channels=channels, lr_channels=None, scale_factor=1, patch_size=1,
-        precondition=False, num_class_embeds=3, norm="layer",
+        precondition=False, num_class_embeds=3, norm="layer", condition_dropout=0.1,
     )  # fmt: skip
     pipe = make_pipe(unet)
     options = {"num_inference_steps": 3, "solver": solver, "guidance_scale": 1.5}
@@ -86,3 +89,26 @@ def test_a_batch_is_its_pictures_one_by_one(channels, solver):
     assert [picture.mode for picture in pictures] == ["L" if channels == 1 else "RGB"] * 2
     expected = (together.permute(0, 2, 3, 1).numpy() * 255).round()
     assert np.array_equal(np.stack([np.asarray(p).reshape(6, 5, channels) for p in pictures]), expected)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_classes_in_any_kind_of_list(kind):
+    labels = kind([2, 0])
+    out = make_pipe(GaussianFlow())(class_labels=labels, num_inference_steps=20, output_type="latent").images
+    torch.testing.assert_close(out.mean((1, 2, 3)), MEANS[[2, 0]], atol=0.2, rtol=0)
+
+
+def test_what_cannot_be_generated_is_refused():
+    pipe = make_pipe(GaussianFlow())
+    for labels in ([[1], [1]], [1.5], [3], -1):
+        with pytest.raises(ValueError, match=r"whole numbers in 0\.\.2"):
+            pipe(class_labels=labels)
+    with pytest.raises(ValueError, match="no class to be guided to"):
+        pipe(guidance_scale=2.0)
+    with pytest.raises(ValueError, match="without condition dropout"):
+        make_pipe(GaussianFlow(condition_dropout=0.0))(class_labels=1, guidance_scale=2.0)
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="needs a FlowMatchSREulerScheduler.* got DDIMScheduler"):
+        pipe(class_labels=1)
+    with pytest.raises(ValueError, match="needs a FlowMatchSREulerScheduler.* got DDIMScheduler"):
+        FlowMatchSRPipeline(make_unet(), DDIMScheduler())(random_picture(4, 4))

@@ -61,7 +61,7 @@ def test_super_resolution_approaches_many_euler_steps(solver):
 def make_generator(classes: int | None = 3, **kwargs) -> FlowMatchPipeline:
     unet = make_unet(
         in_channels=1, out_channels=1, lr_channels=None, scale_factor=1, patch_size=1, precondition=False,
-        num_class_embeds=classes,
+        num_class_embeds=classes, condition_dropout=0.1,
     )  # fmt: skip
     scheduler = FlowMatchSREulerScheduler(source="noise", source_noise_std=1.0, prediction_type="velocity")
     pipe = FlowMatchPipeline(unet, scheduler, sample_size=[8, 12], **kwargs)
