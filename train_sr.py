@@ -179,7 +179,7 @@ class Settings:
             raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
         if self.mixed_precision == "auto":
             self.mixed_precision = "bf16" if has_fast_bf16() else "no"
-        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+        if self.mixed_precision == "fp16" and not has_gpu():
             raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU use bf16.")
         if self.perceptual_weight and not self.lpips_weights:
             raise ValueError("`perceptual_weight` needs `lpips_weights`, a safetensors file; or set it to 0.")
@@ -187,9 +187,13 @@ class Settings:
             raise ValueError(f"`lpips_weights`: there is no file {self.lpips_weights}.")
 
 
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def has_fast_bf16() -> bool:
     """Whether GPU or CPU has instructions for it; on a CPU without, bfloat16 is several times slower than float32."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.is_bf16_supported()
     able = torch.cpu.get_capabilities()
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

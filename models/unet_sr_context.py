@@ -289,7 +289,7 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         if drop_condition is not None:
             context = context * ~drop_condition[:, None, None]
         if config.concatenate_lr:
-            lr_up = F.interpolate(lr, size=sample.shape[-2:], mode="bicubic", antialias=True).to(dtype)
+            lr_up = F.interpolate(lr.float(), size=sample.shape[-2:], mode="bicubic", antialias=True).to(dtype)
             if drop_condition is not None:
                 lr_up = lr_up * ~drop_condition[:, None, None, None]
             state = torch.cat([state, lr_up], dim=1)

@@ -50,6 +50,11 @@ def check_guidance(unet: torch.nn.Module, guidance_scale: float) -> None:
             f"`guidance_scale` is {guidance_scale}, but this network was trained without condition dropout; leave "
             "it at 1, or train with `condition_dropout`."
         )
+    if guidance_scale != 1 and getattr(unet, "is_cache_enabled", False):
+        raise ValueError(
+            "A cache (`unet.enable_cache`) reuses what the evaluation before has seen, which guidance makes in turn "
+            "with and without the condition: leave `guidance_scale` at 1, or call `unet.disable_cache()`."
+        )
 
 
 def check_flow(scheduler: SchedulerMixin) -> None:
@@ -99,11 +104,10 @@ def check_inputs(
                 f"{tuple(latents.shape)}; pictures of different sizes cannot share one."
             )
     several = len({picture.color.shape[-2:] for picture in pictures}) > 1
-    if getattr(pipe.unet, "is_cache_enabled", False) and (tile is not None or guidance_scale != 1 or several):
+    if getattr(pipe.unet, "is_cache_enabled", False) and (tile is not None or several):
         raise ValueError(
-            "A cache (`unet.enable_cache`) reuses attention from one evaluation to the next, which must be of the "
-            "same picture: leave `tile` None and `guidance_scale` 1 and pass pictures of one size, or call "
-            "`unet.disable_cache()`."
+            "A cache (`unet.enable_cache`) reuses what the evaluation before has seen, which must be of the same "
+            "picture: leave `tile` None and pass pictures of one size, or call `unet.disable_cache()`."
         )
     if pipe._execution_device.type == "cpu" and pipe.unet.dtype == torch.float16:
         raise ValueError(

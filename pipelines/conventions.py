@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -42,3 +44,8 @@ class ConventionsMixin:
         expected, _ = cls._get_signature_keys(cls)
         shared = {name: component for name, component in pipeline.components.items() if name in expected}
         return super().from_pipe(pipeline, **{**shared, **kwargs})
+
+
+def cache_context(unet: torch.nn.Module) -> AbstractContextManager:
+    """What caches that keep one state for each kind of evaluation want to be told around it."""
+    return unet.cache_context("cond") if getattr(unet, "is_cache_enabled", False) else nullcontext()

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .checks import check_callback_inputs, check_flow, check_guidance, read_class_labels
-from .conventions import ConventionsMixin
+from .conventions import ConventionsMixin, cache_context
 from .sharing import SelfContainedMixin
 from .solvers import SMALLEST_SIGMA, check_solver, integrate
 
@@ -112,7 +112,8 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
         # 2. Along the flow.
         def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             self._current_timestep = timestep
-            prediction = self.unet(x, timestep, class_labels=given, return_dict=False)[0]
+            with cache_context(self.unet):
+                prediction = self.unet(x, timestep, class_labels=given, return_dict=False)[0]
             if self.guidance_scale != 1:
                 without = self.unet(x, timestep, class_labels=none, return_dict=False)[0]
                 prediction = without + self.guidance_scale * (prediction - without)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .conventions import cache_context
+
 
 def predict(
     unet: torch.nn.Module,
@@ -96,7 +98,8 @@ def evaluate(
     if right or bottom:
         lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
         x_t = F.pad(x_t, (0, right * scale, 0, bottom * scale), mode="replicate")
-    answer = unet(x_t, timestep, lr, return_dict=False, **options)[0]
+    with cache_context(unet):
+        answer = unet(x_t, timestep, lr, return_dict=False, **options)[0]
     return answer[..., : height * scale, : width * scale]
 
 

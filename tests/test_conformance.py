@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import DDIMScheduler, PyramidAttentionBroadcastConfig
+from diffusers import DDIMScheduler, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
 
@@ -45,7 +45,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def make_context_unet() -> ContextUNetSRModel:
     unet = ContextUNetSRModel(
         block_out_channels=(8, 16), layers_per_block=2, time_embedding_dim=8, context_channels=8,
-        num_attention_heads=2, norm_num_groups=4, condition_dropout=0.1,
+        num_attention_heads=2, norm_num_groups=4, condition_dropout=0.1, concatenate_lr=True,
     ).eval()  # fmt: skip
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=seeded())
@@ -128,6 +128,9 @@ def test_model_half_precision_weights(make, dtype, tmp_path):
     out = run(loaded)
     assert out.dtype == torch.float32
     assert (out - expected).std() < 0.05 * expected.std()
+    halves = run(loaded, **{name: value.to(dtype) for name, value in inputs().items()})
+    assert halves.dtype == dtype
+    assert (halves - expected).std() < 0.1 * expected.std()
 
 
 @every_model
@@ -325,8 +328,9 @@ def make_ddpm() -> DDPMSRPipeline:
 
 def make_generator() -> FlowMatchPipeline:
     unet = make_unet(
-        lr_channels=None, precondition=False, num_class_embeds=2, patch_size=1, norm="layer", condition_dropout=0.1
-    )
+        lr_channels=None, precondition=False, num_class_embeds=2, patch_size=1, norm="layer", condition_dropout=0.1,
+        mid_attention=True, num_attention_heads=2,
+    )  # fmt: skip
     return FlowMatchPipeline(unet, FlowMatchSREulerScheduler(source="noise", source_noise_std=1.0), [16, 16])
 
 
@@ -488,7 +492,7 @@ def test_pipeline_layerwise_casting(make):
     assert torch.isfinite(call(pipe)).all()
 
 
-@super_resolution
+@every_pipeline
 def test_pipeline_cache(make):
     pipe = make()
     expected = call(pipe)
@@ -503,10 +507,33 @@ def test_pipeline_cache(make):
     cached = call(pipe)
     assert not torch.equal(cached, expected)
     assert torch.equal(call(pipe), cached)  # nothing is left over from the call before
+    refused = {"guidance_scale": 2.0} if isinstance(pipe, FlowMatchPipeline) else {"tile": 2}
     with pytest.raises(ValueError, match="disable_cache"):
-        call(pipe, tile=2)
+        call(pipe, **refused)
     pipe.unet.disable_cache()
     assert torch.equal(call(pipe), expected)
+
+
+@every_pipeline
+def test_pipeline_cache_that_extrapolates(make):
+    pipe, computed = make(), []
+    steps = {"num_inference_steps": 6}
+    expected = call(pipe, **steps)
+    stages = re.compile(r"(down|up)_(stages|blocks)\.\d+$")
+    for name, module in pipe.unet.named_modules():
+        if stages.match(name.rpartition(".")[0].removesuffix(".resnets")) and name.endswith(".0"):
+            module.register_forward_hook(lambda *_: computed.append(1))  # the first block of each stage
+    call(pipe, **steps)
+    without, _ = len(computed), computed.clear()
+    pipe.unet.enable_cache(
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, cache_identifiers=(stages.pattern,))
+    )
+    cached = call(pipe, **steps)
+    assert 0 < len(computed) < without
+    assert 0 < (cached - expected).abs().mean() < expected.std()
+    assert torch.equal(call(pipe, **steps), cached)
+    pipe.unet.disable_cache()
+    assert torch.equal(call(pipe, **steps), expected)
 
 
 @every_pipeline

@@ -90,13 +90,14 @@ def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path):
 
 
 FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+ALONE = ("--num_processes", "1")
 DEEPSPEED = ("--use_deepspeed", "--zero_stage", "2")
 
 
-def launch_sharded(how: tuple[str, ...], *arguments) -> None:
+def launch_as_on_gpus(how: tuple[str, ...], *arguments) -> None:
     if how is DEEPSPEED:
         pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
-    program = ["accelerate.commands.launch", "--num_processes", "2", *how, ROOT / "tests/train_sharded.py"]
+    program = ["accelerate.commands.launch", "--num_processes", "2", *how, ROOT / "tests/train_as_on_gpus.py"]
     call = map(str, [sys.executable, "-m", *program, *arguments])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -107,7 +108,7 @@ def launch_sharded(how: tuple[str, ...], *arguments) -> None:
 def test_weights_spread_over_two_processes_train_as_in_one_and_resume(how, photo_folder, tmp_path):
     schedule = ("--max_train_steps", 3, "--logging_steps", 1, "--validation_steps", 2, "--checkpointing_steps", 2)
     whole, spread = tmp_path / "whole", tmp_path / "spread"
-    launch_sharded(how, *tiny(photo_folder, spread, *schedule, "--train_batch_size", 2))
+    launch_as_on_gpus(how, *tiny(photo_folder, spread, *schedule, "--train_batch_size", 2))
     done = launch(1, *tiny(photo_folder, whole, *schedule, "--train_batch_size", 4))
     assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(losses(spread), losses(whole), atol=2e-6)
@@ -119,7 +120,7 @@ def test_weights_spread_over_two_processes_train_as_in_one_and_resume(how, photo
     # A checkpoint that both have written goes on to the bit, and becomes a pipeline.
     shutil.rmtree(spread / "checkpoint-3")
     resume = ("--resume_from_checkpoint", "latest")
-    launch_sharded(how, *tiny(photo_folder, spread, *schedule, "--train_batch_size", 2, *resume))
+    launch_as_on_gpus(how, *tiny(photo_folder, spread, *schedule, "--train_batch_size", 2, *resume))
     converted = convert(spread / "checkpoint-3").unet.state_dict()
     for name, weight in weights(spread).items():
         assert torch.equal(weight, first[name])
@@ -129,10 +130,28 @@ def test_weights_spread_over_two_processes_train_as_in_one_and_resume(how, photo
 @pytest.mark.parametrize("how", [FSDP, DEEPSPEED], ids=["fsdp", "deepspeed"])
 def test_spread_weights_of_sixteen_bits_leave_pictures_precise(how, photo_folder, tmp_path):
     few = ("--max_train_steps", 1, "--num_validation_images", 0, "--mixed_precision", "bf16")
-    launch_sharded(how, *tiny(photo_folder, tmp_path / "spread", *few, "--train_batch_size", 2))
+    launch_as_on_gpus(how, *tiny(photo_folder, tmp_path / "spread", *few, "--train_batch_size", 2))
     done = launch(1, *tiny(photo_folder, tmp_path / "whole", *few, "--train_batch_size", 4))
     assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(losses(tmp_path / "spread"), losses(tmp_path / "whole"), atol=3e-6)
+
+
+def test_fp16_scales_the_loss_and_waits_where_gradients_overflow(photo_folder, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    schedule = ("--max_train_steps", 24, "--logging_steps", 1, "--checkpointing_steps", 20, "--lr_warmup_steps", 0)
+    run = (*schedule, "--num_validation_images", 0, "--train_batch_size", 2, "--mixed_precision", "fp16")
+    launch_as_on_gpus(ALONE, *tiny(photo_folder, whole, *run))
+    rates = [record["learning_rate"] for record in records(whole) if "loss" in record]
+    waited = sum(rate == rates[0] for rate in rates)  # for the scale, 2^40 at first, to come down
+    assert 8 <= waited < 20
+    assert all(np.diff(rates[waited:]) < 0)
+    assert max(losses(whole)) < 0.2
+    # The scale is part of a checkpoint.
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-24", "unet"))
+    launch_as_on_gpus(ALONE, *tiny(photo_folder, resumed, *run, "--resume_from_checkpoint", "latest"))
+    assert losses(resumed)[-4:] == losses(whole)[-4:]
+    again = weights(resumed)
+    assert all(torch.equal(weight, again[name]) for name, weight in weights(whole).items())
 
 
 def test_strategies_that_hide_weights_are_refused():
