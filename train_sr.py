@@ -246,7 +246,7 @@ def main(arguments: list[str]) -> None:
         log_with=settings.report_to,
         project_dir=str(output_dir),
     )
-    check_strategy(accelerator)
+    fit_strategy(accelerator, settings)
     set_seed(settings.seed)
     for number in (signal.SIGTERM, signal.SIGINT):  # answered after the optimiser step that it falls in, by all
         signal.signal(number, lambda *_: accelerator.set_trigger())
@@ -299,13 +299,6 @@ def main(arguments: list[str]) -> None:
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=total_steps,
     )
-    if accelerator.is_fsdp2 and settings.mixed_precision != "no":  # the network keeps pictures in float32 by itself
-        fsdp = accelerator.state.fsdp_plugin
-        exact = {"cast_forward_inputs": False, "output_dtype": None}
-        fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, **exact)
-    if deepspeed := accelerator.state.deepspeed_plugin:  # it clips by itself, and cannot ask the loader made below
-        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
-        deepspeed.deepspeed_config["gradient_clipping"] = settings.max_grad_norm
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema = Averages(unet, settings.ema_decay)
     progress = Progress()
@@ -542,15 +535,21 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
 
 
-def check_strategy(accelerator: Accelerator) -> None:
-    """Refuses those that leave a process without weights to average."""
+def fit_strategy(accelerator: Accelerator, settings: Settings) -> None:
+    """Tells FSDP and DeepSpeed what they need to know; refuses what leaves a process without weights to average."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 hides the weights, of which averages are kept: choose `fsdp_version: 2`.")
-    deepspeed = accelerator.state.deepspeed_plugin
-    if deepspeed and deepspeed.zero_stage == 3:
-        raise ValueError(
-            "ZeRO stage 3 hides the weights, of which averages are kept: choose `zero_stage` 1 or 2, or FSDP 2."
-        )
+    if accelerator.is_fsdp2 and settings.mixed_precision != "no":  # networks here keep pictures in float32 themselves
+        fsdp = accelerator.state.fsdp_plugin
+        exact = {"cast_forward_inputs": False, "output_dtype": None}
+        fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, **exact)
+    if deepspeed := accelerator.state.deepspeed_plugin:
+        if deepspeed.zero_stage == 3:
+            raise ValueError(
+                "ZeRO stage 3 hides the weights, of which averages are kept: choose `zero_stage` 1 or 2, or FSDP 2."
+            )
+        deepspeed.deepspeed_config["gradient_clipping"] = settings.max_grad_norm  # it clips by itself
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
 
 
 def add_adapters(unet: torch.nn.Module, rank: int) -> None:

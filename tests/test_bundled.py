@@ -1,6 +1,8 @@
 """The checkpoint that ships: it loads, does what the README says, and keeps its distance from bicubic."""
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from flowsr.files import read_picture
 from flowsr.metrics import lr_psnr, psnr_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+NAMES = ["digits", "x4"]
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +32,19 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_it_is_small_and_comes_with_what_made_it():
-    folder = Path(flowsr.bundled("x4"))
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_small_and_come_with_what_made_them(name):
+    folder = Path(flowsr.bundled(name))
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size < 12 * 2**20
-    made_by = {"README.md", "settings.yaml", "metrics.jsonl", "evaluation.json"}
-    assert made_by <= {path.name for path in folder.iterdir()}
-    for earlier in ("first_part", "second_part"):
-        assert {path.name for path in (folder / earlier).iterdir()} == {"settings.yaml", "metrics.jsonl"}
+    assert {"README.md", "settings.yaml", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+    for earlier in folder.glob("*_part"):
+        assert {path.name for path in earlier.iterdir()} == {"settings.yaml", "metrics.jsonl"}
     assert not list(folder.rglob("*.py"))
 
 
 def test_names_that_do_not_ship_are_refused():
-    with pytest.raises(ValueError, match=r"these ship with flowsr: \['x4'\]"):
+    with pytest.raises(ValueError, match=re.escape(f"these ship with flowsr: {NAMES}")):
         flowsr.bundled("x16")
 
 
@@ -73,3 +76,22 @@ def test_the_published_numbers_are_those_of_these_weights(pipe):
         (claimed,) = [claim for claim in written["rows"] if claim["method"] == row["method"]]
         assert row["psnr_y"] == pytest.approx(claimed["psnr_y"], abs=0.01)
         assert row["ssim_y"] == pytest.approx(claimed["ssim_y"], abs=0.001)
+
+
+@pytest.mark.skipif(not (SHARED / "data/mnist").is_dir(), reason="the digits of MNIST are not beside this checkout")
+def test_digits_are_those_asked_for():
+    # Of the mean pictures of the real digits, that of its own class is the most like the mean of a class's samples.
+    def read(name: str, header: int) -> np.ndarray:
+        (path,) = (SHARED / "data/mnist").glob(f"t10k-{name}*.gz")
+        return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+    pictures, labels = read("images", 16).reshape(-1, 784), read("labels", 8)
+    real = np.stack([pictures[labels == digit].mean(0) for digit in range(10)])
+    pipe = flowsr.FlowMatchPipeline.from_pretrained(flowsr.bundled("digits"))
+    pipe.set_progress_bar_config(disable=True)
+    asked = [digit for digit in range(10) for _ in range(5)]
+    how = {"num_inference_steps": 4, "solver": "heun", "guidance_scale": 2.0, "output_type": "np"}
+    drawn = pipe(class_labels=asked, generator=seeded(), **how).images.reshape(10, 5, 784).mean(1)
+    alike = np.corrcoef(drawn, real)[:10, 10:]
+    assert alike.argmax(1).tolist() == list(range(10))
+    assert alike.diagonal().min() > 0.6

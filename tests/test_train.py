@@ -155,19 +155,17 @@ def test_fp16_scales_the_loss_and_waits_where_gradients_overflow(photo_folder, t
 
 
 def test_strategies_that_hide_weights_are_refused():
-    from train_sr import check_strategy
+    from train_sr import Settings, fit_strategy
 
     def accelerator(strategy: str, version: int = 2, stage: int = 0) -> SimpleNamespace:
-        plugin = SimpleNamespace(zero_stage=stage) if stage else None
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={}) if stage else None
         state = SimpleNamespace(deepspeed_plugin=plugin)
         return SimpleNamespace(distributed_type=strategy, is_fsdp2=version == 2, state=state)
 
-    check_strategy(accelerator("FSDP"))
-    check_strategy(accelerator("DEEPSPEED", stage=2))
     with pytest.raises(ValueError, match="fsdp_version: 2"):
-        check_strategy(accelerator("FSDP", version=1))
+        fit_strategy(accelerator("FSDP", version=1), Settings())
     with pytest.raises(ValueError, match="`zero_stage` 1 or 2"):
-        check_strategy(accelerator("DEEPSPEED", stage=3))
+        fit_strategy(accelerator("DEEPSPEED", stage=3), Settings())
 
 
 def test_weights_and_biases_gets_curves_and_grids(photo_folder, tmp_path, monkeypatch):
