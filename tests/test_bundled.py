@@ -18,7 +18,7 @@ from flowsr.files import read_picture
 from flowsr.metrics import lr_psnr, psnr_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-NAMES = ["digits", "x4"]
+NAMES = ["ddpm_x4", "digits", "x4"]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,11 @@ def test_tiled_equals_whole(pipe):
 @pytest.mark.skipif(
     not (SHARED / "data/Set5").is_dir(), reason="the published test set Set5 is not beside this checkout"
 )
-def test_the_published_numbers_are_those_of_these_weights(pipe):
-    written = json.loads((Path(flowsr.bundled("x4")) / "evaluation.json").read_text())["Set5"]
+@pytest.mark.parametrize(("name", "cls"), [("x4", flowsr.FlowMatchSRPipeline), ("ddpm_x4", flowsr.DDPMSRPipeline)])
+def test_the_published_numbers_are_those_of_these_weights(name, cls):
+    pipe = cls.from_pretrained(flowsr.bundled(name))
+    pipe.set_progress_bar_config(disable=True)
+    written = json.loads((Path(flowsr.bundled(name)) / "evaluation.json").read_text())["Set5"]
     pairs = load_pairs(SHARED / "data/Set5/HR", SHARED / "data/Set5/LRx4", 4)
     measured = evaluate(pipe, pairs, steps=[1])["rows"]
     for row in measured:
