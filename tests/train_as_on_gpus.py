@@ -24,9 +24,10 @@ class AcceleratorWithLossScale(Accelerator):
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # too much at first, to see it fall
 
 
-if "LOCAL_RANK" in os.environ:
-    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
-PartialState.set_device = set_device
-train_sr.Accelerator = AcceleratorWithLossScale
-train_sr.has_gpu = lambda: True
-train_sr.main(sys.argv[1:])
+if __name__ == "__main__":
+    if "LOCAL_RANK" in os.environ:
+        PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = set_device
+    train_sr.Accelerator = AcceleratorWithLossScale
+    train_sr.has_gpu = lambda: True
+    train_sr.main(sys.argv[1:])
