@@ -276,7 +276,7 @@ def main(arguments: list[str]) -> None:
         settings.resolution, scale, settings.seed, unet.config.out_channels, settings.degradation,
         settings.augmentation, settings.center_crop, settings.resize_to,
     )  # fmt: skip
-    classes = getattr(shown.config, "num_class_embeds", None)
+    classes = getattr(unet.config, "num_class_embeds", None)
     with accelerator.main_process_first():
         images = load_images(settings.train_data_dir, settings.dataset_name, classes is not None, settings.streaming)
     if classes is not None and images.features["label"].num_classes != classes:
@@ -405,8 +405,10 @@ def main(arguments: list[str]) -> None:
 
     def validate() -> None:
         """Metrics and grids of the averaged weights on the held-out pictures; the best pipeline so far is kept."""
+        if not settings.num_validation_images:
+            return
         ema.copy_to(trainable(shown))
-        if not accelerator.is_main_process or not settings.num_validation_images:
+        if not accelerator.is_main_process:
             return
         pipe.set_progress_bar_config(disable=True)
         steps, grids = settings.validation_inference_steps, {}

@@ -256,6 +256,8 @@ class UNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cac
                 "`precondition=True` needs positive `residual_std` and `source_noise_std`, got "
                 f"{residual_std} and {source_noise_std}."
             )
+        if lr_detail and not residual_std > 0:
+            raise ValueError(f"`lr_detail=True` needs a positive `residual_std`, its unit, got {residual_std}.")
         if bicubic_coefficient not in (-0.5, -0.75):
             raise ValueError(f"`bicubic_coefficient` must be -0.5 or -0.75, got {bicubic_coefficient}.")
         if layers_per_block < 1 or not block_out_channels:

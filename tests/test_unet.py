@@ -214,3 +214,5 @@ def test_wrong_inputs_are_named():
             UNetSRModel(**{name: value})
     with pytest.raises(ValueError, match="norm_num_groups"):
         UNetSRModel(block_out_channels=(12,), norm="group")
+    with pytest.raises(ValueError, match="`lr_detail=True` needs a positive `residual_std`"):
+        UNetSRModel(precondition=False, lr_detail=True, residual_std=0.0)
