@@ -9,6 +9,7 @@ One self-contained file on purpose: it imports torch and diffusers alone, so tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
-@dataclass
-class SREncoding(BaseOutput):
+class SREncoding(NamedTuple):
     """What a picture is encoded to.
 
     features (`torch.Tensor` of shape `(batch, encoder_channels, h, w)`): on the grid of the LR.
