@@ -41,7 +41,7 @@ class EncodedSROutput(BaseOutput):
 
 
 class SRBlock(nn.Module):
-    """conv, SiLU, conv; plus the input. Without norm (Lim et al. 2017, EDSR), and the identity at first."""
+    """conv, ReLU, conv; plus the input. Without norm (Lim et al. 2017, EDSR), and the identity at first."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -51,7 +51,7 @@ class SRBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (b, c, h, w)
-        return hidden_states + self.conv2(F.silu(self.conv1(hidden_states)))
+        return hidden_states + self.conv2(F.relu(self.conv1(hidden_states)))
 
 
 class SRFiLMBlock(nn.Module):
