@@ -12,7 +12,7 @@ import torch
 
 from flowsr.degradations import cut_to_multiple, downscale
 from flowsr.files import PICTURE_SUFFIXES, find_pictures, read_picture
-from flowsr.metrics import detail, load_lpips, lr_psnr, psnr_y, ssim_y
+from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, psnr_y, ssim_y
 
 
 @dataclass
@@ -66,7 +66,7 @@ def evaluate(
     tile: int | None = None,
     lpips_weights: str | None = None,
 ) -> dict:
-    """Mean PSNR-Y, SSIM-Y, LR-PSNR, detail and LPIPS of bicubic and of the pipeline at each number of steps.
+    """Mean PSNR-Y, SSIM-Y, LR-PSNR, HaarPSI, detail and LPIPS of bicubic and of the pipeline at each number of steps.
 
     Returns:
         `dict`: `rows`, one per method, with `images` holding the numbers of each picture; and the settings.
@@ -107,6 +107,7 @@ def evaluate(
                 "psnr_y": psnr_y(sr, pair.hr, scale),
                 "ssim_y": ssim_y(sr, pair.hr, scale),
                 "lr_psnr": lr_psnr(sr, pair.lr, scale),
+                "haarpsi": haarpsi(sr, pair.hr),
                 "detail": detail(sr, pair.hr, scale),
             }
             if lpips is not None:
@@ -132,6 +133,7 @@ def markdown_table(result: dict) -> str:
         "psnr_y": ("PSNR-Y", "{:.2f}"),
         "ssim_y": ("SSIM-Y", "{:.3f}"),
         "lpips": ("LPIPS", "{:.3f}"),
+        "haarpsi": ("HaarPSI", "{:.3f}"),
         "detail": ("detail", "{:.2f}"),
         "lr_psnr": ("LR-PSNR", "{:.1f}"),
         "seconds_per_megapixel": ("s / MP", "{:.2f}"),

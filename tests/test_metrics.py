@@ -10,7 +10,7 @@ from conftest import make_pipeline, random_picture, smooth_picture
 
 from flowsr.degradations import downscale
 from flowsr.evaluate import evaluate, load_pairs, markdown_table
-from flowsr.metrics import detail, lr_psnr, luma, psnr_y, ssim_y
+from flowsr.metrics import detail, haarpsi, lr_psnr, luma, psnr_y, ssim_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_published = pytest.mark.skipif(
@@ -151,3 +151,57 @@ def test_evaluation_names_what_does_not_fit(tmp_path):
     smooth_picture(24, 20).save(tmp_path / "lr/a.png")
     with pytest.raises(ValueError, match="Is the scale right"):
         load_pairs(tmp_path / "hr", tmp_path / "lr", 4)
+
+
+def haarpsi_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
+    """The published formulas written for scipy's convolution, one picture and one channel at a time."""
+    from scipy.signal import convolve2d
+
+    def channels(image):
+        r, g, b = image.astype(float).transpose(2, 0, 1)
+        planes = [
+            0.299 * r + 0.587 * g + 0.114 * b,
+            0.596 * r - 0.274 * g - 0.322 * b,
+            0.211 * r - 0.523 * g + 0.312 * b,
+        ]
+        return [convolve2d(plane, np.ones((2, 2)) / 4, "same")[::2, ::2] for plane in planes]
+
+    def coefficients(plane):
+        found = []
+        for scale in (1, 2, 3):
+            kernel = np.ones((2**scale, 2**scale)) * 2.0**-scale
+            kernel[: 2 ** (scale - 1)] *= -1
+            found.append(np.abs(convolve2d(plane, kernel, "same")))
+            found.append(np.abs(convolve2d(plane, kernel.T, "same")))
+        return found
+
+    def similar(x, y):
+        return (2 * x * y + 30) / (x**2 + y**2 + 30)
+
+    first, second = channels(a), channels(b)
+    x, y = coefficients(first[0]), coefficients(second[0])
+    weights = [np.maximum(x[4 + turned], y[4 + turned]) for turned in (0, 1)]
+    local = [(similar(x[turned], y[turned]) + similar(x[2 + turned], y[2 + turned])) / 2 for turned in (0, 1)]
+    box = np.ones((2, 2)) / 4
+    chroma = [[np.abs(convolve2d(plane, box, "same")) for plane in found[1:]] for found in (first, second)]
+    local.append(sum(similar(p, q) for p, q in zip(*chroma)) / 2)
+    weights.append(sum(weights) / 2)
+    value = sum((w / (1 + np.exp(-4.2 * s))).sum() for w, s in zip(weights, local)) / sum(w.sum() for w in weights)
+    return (np.log(value / (1 - value)) / 4.2) ** 2
+
+
+def test_haarpsi_against_its_formulas_in_scipy():
+    pytest.importorskip("scipy")
+    picture = np.asarray(smooth_picture(37, 30))
+    noisy = np.clip(picture + np.random.default_rng(0).normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+    assert haarpsi(picture, noisy) == pytest.approx(haarpsi_by_scipy(picture, noisy), abs=1e-9)
+    assert haarpsi(picture, picture) == pytest.approx(1, abs=1e-9)
+
+
+def test_haarpsi_falls_with_noise_and_is_symmetric():
+    picture = np.asarray(smooth_picture(64, 48))
+    noise = np.random.default_rng(0).normal(0, 1, picture.shape)
+    noisy = [np.clip(picture + std * noise, 0, 255).astype(np.uint8) for std in (2, 8, 32)]
+    values = [haarpsi(picture, each) for each in noisy]
+    assert 1 > values[0] > values[1] > values[2] > 0
+    assert values[1] == pytest.approx(haarpsi(noisy[1], picture))
