@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 import time
 from pathlib import Path
+
+FORMATS = ("png", "jpg", "webp", "tif", "avif", "heic", "jp2", "bmp")  # suffixes of files that are written
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,8 +45,14 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
     made = command(upscale, "Upscale pictures and folders of pictures.")
-    made.add_argument("input", nargs="+", help="picture files and folders")
-    made.add_argument("-o", "--output", required=True, help="folder, or a file name for a single picture")
+    made.add_argument("input", nargs="+", help="picture files and folders; - for the standard input")
+    made.add_argument("-o", "--output", required=True, help="folder, or a file name for one picture; - for stdout")
+    made.add_argument("--format", choices=FORMATS, help="of the results (default: that of the name)")
+    made.add_argument("--suffix", default="", help="behind the names of results in a folder, such as _x4")
+    made.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
+    made.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    made.add_argument("--max-pixels", type=int, help="of a result, all frames together (default: 2 ** 29)")
+    made.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     made.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
     flow_options(made)
@@ -129,58 +138,122 @@ def upscale(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from flowsr.files import find_pictures, read_picture, save_picture
+    import flowsr
+    from flowsr.files import (
+        MAX_PIXELS,
+        as_rgb,
+        check_target,
+        encode,
+        find_pictures,
+        format_of,
+        read_file,
+        save_picture,
+        with_provenance,
+        write_file,
+    )
 
+    max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
+    if max_pixels < 1:
+        raise ValueError(f"`--max-pixels` must be positive, got {max_pixels}.")
     inputs = find_pictures(options.input)
-    targets = plan_targets(inputs, Path(options.output))
+    targets = plan_targets(inputs, options)
+    streamed = options.output == "-"
     pipe = load(options.checkpoint, options.device, options.dtype)
     fidelity = dial(options, pipe)
     pipe.set_progress_bar_config(disable=True)
+    scale = pipe.scale_factor
+
+    def enlarge(pixels):
+        return pipe(
+            pixels,
+            num_inference_steps=options.steps,
+            consistency=options.consistency,
+            tile=options.tile or None,
+            generator=torch.Generator().manual_seed(options.seed),
+            output_type="np",
+            **fidelity,
+        ).images[0]
+
     failures = []
     for source, target in (bar := tqdm(list(zip(inputs, targets)), unit="picture", disable=None)):
         bar.set_description(source.name)
         try:
-            image = read_picture(source)
-            large = pipe(
-                image,
-                num_inference_steps=options.steps,
-                consistency=options.consistency,
-                tile=options.tile or None,
-                generator=torch.Generator().manual_seed(options.seed),
-                **fidelity,
-            ).images[0]
+            picture = read_file(source, max_pixels // scale**2)
+            if not options.no_provenance:
+                model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
+                facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale}
+                facts |= {"steps": options.steps, "seed": options.seed, **fidelity}
+                facts |= {"consistency": options.consistency} if options.consistency else {}
+                picture = with_provenance(picture, facts)
+            if streamed and not target.suffix:
+                target = Path(f"-{picture.suffix}")
+            notes = picture.notes + check_target(picture, target, scale, options.quality)
+            for note in notes:
+                bar.write(f"flowsr: {source}: {note}.", file=sys.stderr)
+            large = picture.enlarged(enlarge, scale)
+            if streamed:
+                encode(large, whole := io.BytesIO(), format_of(target), options.quality)
+                sys.stdout.buffer.write(whole.getvalue())
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(large, target)
+            write_file(large, target, options.quality)
             if options.compare:
-                bicubic = image.convert("RGB").resize(large.size, PIL.Image.BICUBIC)
-                save_picture(side_by_side([bicubic, large.convert("RGB")]), compare_path(target))
+                right = as_rgb(large)
+                left = as_rgb(picture).resize(right.size, PIL.Image.BICUBIC)
+                save_picture(side_by_side([left, right]), compare_path(target))
         except ValueError as error:
             failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
     for failure in failures:
         print(f"flowsr: {failure}", file=sys.stderr)
-    print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {options.output}.")
+    where = "standard output" if streamed else options.output
+    done = f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}."
+    print(done, file=sys.stderr if streamed else sys.stdout)
     return 1 if failures else 0
 
 
-def plan_targets(inputs: list[Path], output: Path) -> list[Path]:
-    """Where each result goes; refuses two results with one name and a result on top of an input."""
-    from flowsr.files import PICTURE_SUFFIXES
+def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
+    """Where each result goes; refuses two results with one name, and results on top of inputs and other files.
 
-    if output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir():
+    For the standard output, `-` with the suffix of the format; without one where only the input knows it.
+    """
+    from flowsr.files import PICTURE_SUFFIXES, check_place, format_of
+
+    output, suffix = Path(options.output), f".{options.format}" if options.format else ""
+    streams = [path for path in inputs if str(path) == "-"]
+    if streams and len(inputs) > 1:
+        raise ValueError("The standard input `-` is one picture; upscale others by another call.")
+    if options.output == "-":
+        if len(inputs) > 1 or options.compare:
+            raise ValueError(f"The standard output takes one picture; name a folder for {len(inputs)} or `--compare`.")
+        if sys.stdout.isatty():
+            raise ValueError("The standard output is a terminal; send it to a file or another program.")
+        return [Path(f"-{suffix or inputs[0].suffix}")]
+    if output.suffix and not output.is_dir() and not options.output.endswith(("/", os.sep)):
+        if output.suffix.lower() not in PICTURE_SUFFIXES and output.exists():
+            raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
+        if options.format and format_of(output) != format_of(f"-{suffix}"):
+            raise ValueError(f"`-o {output}` and `--format {options.format}` disagree; leave one.")
+        format_of(output)
         if len(inputs) > 1:
             raise ValueError(f"`-o {output}` is one file, but there are {len(inputs)} pictures; name a folder.")
         targets = [output]
     elif output.is_file():
         raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
+    elif streams and not suffix:
+        raise ValueError("The standard input has no name; name the result by `-o`, or its format by `--format`.")
     else:
-        targets = [output / path.name for path in inputs]
+        stems = ["stdin" if path in streams else path.stem for path in inputs]
+        targets = [output / f"{stem}{options.suffix}{suffix or path.suffix}" for stem, path in zip(stems, inputs)]
     sources, planned = {path.resolve() for path in inputs}, set()
-    for target in targets:
+    for target in targets + [compare_path(target) for target in targets if options.compare]:
+        check_place(target)
         if target in planned:
-            raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
+            raise ValueError(f"Two results would be written to {target}; upscale them into different folders.")
         planned.add(target)
         if target.resolve() in sources:
-            raise ValueError(f"{target} is an input and would be overwritten; choose another `-o`.")
+            raise ValueError(f"{target} is an input and would be overwritten; choose another `-o` or a `--suffix`.")
+        if target.exists() and not options.overwrite:
+            raise ValueError(f"{target} exists; pass `--overwrite` to replace it, or choose another `-o`.")
     return targets
 
 

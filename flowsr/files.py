@@ -126,6 +126,10 @@ class PictureFile:
         return "CMYK" if self.cmyk else ("L", "LA", "RGB", "RGBA")[max(f.shape[2] for f in self.frames) - 1]
 
     @property
+    def suffix(self) -> str:
+        return next(format.suffixes[0] for format in FORMATS if format.name == self.format)
+
+    @property
     def bits(self) -> int:
         return max(frame.dtype.itemsize for frame in self.frames) * 8
 
@@ -175,11 +179,14 @@ def fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
     if weight.all():
         return color
     height, width, channels = color.shape
-    even = ((0, height % 2), (0, width % 2), (0, 0))
-    both = np.pad(np.concatenate([color * weight, weight], axis=2), even)
-    both = both.reshape(both.shape[0] // 2, 2, both.shape[1] // 2, 2, channels + 1).sum(axis=(1, 3))
-    weights = both[..., -1:]
-    coarse = fill(both[..., :-1] / np.maximum(weights, 1e-12), np.minimum(weights, 1))
+    both = np.pad(np.concatenate([color * weight, weight], axis=2), ((1, 1), (1, 1), (0, 0)))
+    around = sum(both[y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9
+    color = np.where(weight > 0, color, around[..., :-1] / np.maximum(around[..., -1:], 1e-12))
+    weight = np.where(weight > 0, weight, around[..., -1:])
+    both = np.concatenate([color * weight, weight], axis=2)
+    both = np.pad(both, ((0, height % 2), (0, width % 2), (0, 0)))
+    both = both.reshape(both.shape[0] // 2, 2, both.shape[1] // 2, 2, channels + 1).mean(axis=(1, 3))
+    coarse = fill(both[..., :-1] / np.maximum(both[..., -1:], 1e-12), both[..., -1:])
     return np.where(weight > 0, color, coarse.repeat(2, axis=0).repeat(2, axis=1)[:height, :width])
 
 
@@ -207,7 +214,9 @@ def read_file(path: str | Path, max_pixels: int = MAX_PIXELS) -> PictureFile:
         raise UnreadableError(f"{name}: {error}") from None
     except PIL.UnidentifiedImageError:
         wanted = ", ".join(format.name for format in FORMATS)
-        raise UnreadableError(f"{name}: not a picture, or of a format or kind other than can be read ({wanted}).") from None
+        raise UnreadableError(
+            f"{name}: not a picture, or of a format or kind other than can be read ({wanted})."
+        ) from None
     except PIL.Image.DecompressionBombError as error:
         raise UnreadableError(f"{name}: refused as too large ({one_line(error)}).") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... for broken files
@@ -285,7 +294,7 @@ def decode(data: bytes, max_pixels: int) -> PictureFile:
         raise UnreadableError(f"holds {frames} frames; at most {MAX_FRAMES} are read.")
     if image.info.get("default_image"):
         raise UnreadableError("an animation with another picture in front, for programs that cannot show it.")
-    pixels = 0
+    pixels, tiff_orientation = 0, image.tag_v2.get(ORIENTATION) if image.format == "TIFF" else None
     for number in range(frames):
         if frames > 1:
             image.seek(number)
@@ -300,7 +309,7 @@ def decode(data: bytes, max_pixels: int) -> PictureFile:
         elif (image.mode == "CMYK") != picture.cmyk:
             raise UnreadableError("holds pages in CMYK beside others; split it.")
     picture.loop = int(image.info.get("loop") or 0)
-    turn(picture, image)
+    turn(picture, image, tiff_orientation)
     if picture.durations:  # frames of an animation are of one kind
         channels = {frame.shape[2] for frame in picture.frames}
         if len(channels) > 1:
@@ -386,7 +395,7 @@ def decode_deep(image: PIL.Image.Image, data: bytes, frame: int, raw: str) -> np
     pixels = halves[0] << 8 | halves[1]
     if kind == "RGBa":  # premultiplied
         alpha = np.maximum(pixels[..., 3:], 1).astype(np.float64)
-        pixels[..., :3] = np.minimum(np.round(pixels[..., :3] * 65535 / alpha), 65535)
+        pixels[..., :3] = np.minimum(np.round(pixels[..., :3] * (65535 / alpha)), 65535)
     return with_transparent(pixels, image.info.get("transparency"))
 
 
@@ -415,10 +424,12 @@ def bits_per_channel(image: PIL.Image.Image, data: bytes) -> int:
     return int(image.info.get("bit_depth") or 8) if image.format == "HEIF" else 8
 
 
-def turn(picture: PictureFile, image: PIL.Image.Image) -> None:
+def turn(picture: PictureFile, image: PIL.Image.Image, tiff_orientation: int | None) -> None:
     """Turns the frames upright, as the EXIF orientation says, which then says 1."""
+    if image.format == "HEIF":  # whose reader turns it
+        return
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = tiff_orientation or image.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged EXIF says nothing
         orientation = 1
     turned = {
@@ -426,11 +437,14 @@ def turn(picture: PictureFile, image: PIL.Image.Image) -> None:
         6: lambda a: a.swapaxes(0, 1)[:, ::-1], 7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
         8: lambda a: a.swapaxes(0, 1)[::-1],
     }.get(orientation)  # fmt: skip
-    if turned is None or image.format == "HEIF":  # whose reader has turned it
+    if turned is None:
         return
-    picture.frames = [np.ascontiguousarray(turned(frame)) for frame in picture.frames]
+    if image.format != "TIFF":  # whose reader turns the pixels alone
+        picture.frames = [np.ascontiguousarray(turned(frame)) for frame in picture.frames]
     if orientation > 4 and picture.resolution:
         picture.resolution = picture.resolution[::-1]
+    if picture.exif:
+        picture.exif = update_exif(picture.exif, picture.frames[0].shape[1::-1], 1)
 
 
 def metadata_of(image: PIL.Image.Image, data: bytes, picture: PictureFile) -> None:
@@ -588,11 +602,11 @@ def format_of(path: str | Path) -> Format:
 
 
 def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality: int | None = None) -> list[str]:
-    """Says before any work whether a picture can be written to a place, and what would be left out of the file.
+    """Says before any work whether a format can hold a picture, and what it would leave out.
 
     Args:
         picture: as it was read.
-        path: where the result is to go.
+        path: where the result is to go; its suffix says the format.
         scale (`int`): pixels of the result per pixel of `picture`.
         quality (`int` in 1..100, *optional*): of lossy compression.
 
@@ -600,7 +614,7 @@ def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality
         `list[str]`: in words, what beside the pixels the format does not keep.
 
     Raises:
-        ValueError: if the format cannot hold the picture, or the place cannot be written to.
+        ValueError: if the format cannot hold the picture.
     """
     path, format = Path(path), format_of(path)
     modes = format.deep if picture.bits == 16 else format.modes
@@ -628,24 +642,23 @@ def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality
         raise ValueError(f"`--quality` must be in 1..100, got {quality}.")
     if quality is not None and format.quality is None and format.name != "WEBP":
         raise ValueError(f"{path}: {format.name} is written without a loss and has no `--quality`; leave it.")
-    if str(path.parent) != "-":
-        check_place(path)
     lost = left_out(picture, format)
     return [f"{format.name} does not keep {', '.join(lost)}"] if lost else []
 
 
 def check_place(path: Path) -> None:
+    """Raises a ValueError for a name that no file can be written under."""
     folder = next(parent for parent in path.parents if parent.exists())
     if not folder.is_dir():
         raise ValueError(f"{path}: {folder} is a file, not a folder.")
     # os.access judges by the effective user where it can.
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise ValueError(f"{path}: no permission to write to {folder}.")
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder has this name.")
     longest = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if len(os.fsencode(path.name)) > longest:
         raise ValueError(f"{path}: the name is longer than the {longest} bytes that the file system takes.")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder has this name.")
 
 
 def held(picture: PictureFile) -> dict[str, object]:
@@ -776,7 +789,8 @@ def encode_png16(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
         elif name == b"IDAT":
             compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * 2), np.uint8)
             for start in range(0, height, 64):
-                rows = pixels[start : start + 64].astype(">u2").view(np.uint8).reshape(-1, width * channels * 2)
+                rows = pixels[start : start + 64].astype(">u2", order="C").view(np.uint8)
+                rows = rows.reshape(-1, width * channels * 2)
                 chunk(b"IDAT", compressor.compress(paeth(rows, above, 2 * channels)))
                 above = rows[-1:]
             chunk(b"IDAT", compressor.flush())
@@ -858,6 +872,12 @@ def current_umask() -> int:
 
 
 # Stills as PIL pictures.
+
+
+def as_rgb(picture: PictureFile) -> PIL.Image.Image:
+    """The first frame in 8-bit RGB, for looking at."""
+    frame = picture.frames[0] if picture.bits == 8 else (picture.frames[0] / 257).round().astype(np.uint8)
+    return as_image(frame, picture).convert("RGB")
 
 
 def read_picture(path: str | Path) -> PIL.Image.Image:
