@@ -517,8 +517,7 @@ def update_exif(exif: bytes, size: tuple[int, int], scale: int) -> bytes:
     Raises:
         ValueError: for an EXIF that is damaged.
     """
-    parsed = PIL.Image.Exif()
-    parsed.load(exif)
+    parsed = parse_exif(exif)
     dict(parsed), parsed.tobytes()  # whatever is wrong with a value comes to light here
     data = bytearray(exif)
     order = {b"II": "<", b"MM": ">"}[exif[:2]]
@@ -544,6 +543,17 @@ def update_exif(exif: bytes, size: tuple[int, int], scale: int) -> bytes:
     except struct.error as error:
         raise ValueError(f"EXIF is damaged ({error}).") from None
     return bytes(data)
+
+
+def parse_exif(exif: bytes) -> PIL.Image.Exif:
+    """EXIF as Pillow has it; cameras write slips that it warns of and reads over."""
+    parsed = PIL.Image.Exif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parsed.load(exif)
+        for directory in (EXIF_IFD, GPS_IFD):
+            parsed.get_ifd(directory)
+    return parsed
 
 
 def color_chunks(data: bytes) -> dict[bytes, bytes]:
@@ -832,8 +842,7 @@ def encode_tiff(picture: PictureFile, kept: dict, file: BinaryIO) -> None:
         sizes = [len(strip) for strip in strips]
         page = PIL.TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
         if "EXIF" in kept:
-            exif = PIL.Image.Exif()
-            exif.load(kept["EXIF"])
+            exif = parse_exif(kept["EXIF"])
             for tag in TIFF_TAGS:
                 if tag in exif:
                     page[tag] = exif[tag]

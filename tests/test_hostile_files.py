@@ -1,12 +1,10 @@
 """Damaged and hostile files give a picture or one line, in bounded time and memory."""
 
 import io
-import os
 import random
 import resource
 import struct
-import subprocess
-import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -29,7 +27,9 @@ def valid_files() -> dict[str, bytes]:
     made = {}
 
     def save(name: str, image: PIL.Image.Image, **options) -> None:
-        image.save(buffer := io.BytesIO(), **options)
+        if "append_images" in options:  # copies, as a picture remembers how it was saved last
+            options["append_images"] = [each.copy() for each in options["append_images"]]
+        image.copy().save(buffer := io.BytesIO(), **options)
         made[name] = buffer.getvalue()
 
     def write(name: str, picture: PictureFile, folder: str) -> None:
@@ -51,7 +51,8 @@ def valid_files() -> dict[str, bytes]:
     save("true.bmp", smooth, format="BMP")
     save("palette.bmp", smooth.quantize(20), format="BMP")
     for compression in ("raw", "tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"):
-        save(f"{compression}.tif", smooth, format="TIFF", compression=compression, **rich)
+        options = rich if compression == "raw" else {"icc_profile": PROFILE}  # libtiff writes no EXIF
+        save(f"{compression}.tif", smooth, format="TIFF", compression=compression, **options)
     save("pages.tif", noise[0], format="TIFF", **frames)
     save("fax.tif", smooth.convert("1"), format="TIFF", compression="group4")
     save("colour.jp2", smooth, format="JPEG2000")
@@ -60,8 +61,6 @@ def valid_files() -> dict[str, bytes]:
         save("still.avif", smooth, format="AVIF", **rich)
     deep = np.random.default_rng(0).integers(0, 65536, (7, 9, 4), dtype=np.uint16)
     kept = {"exif": exif().removeprefix(b"Exif\0\0"), "icc_profile": PROFILE, "xmp": XMP, "text": {"Title": "a"}}
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         write("deep.png", PictureFile([deep], resolution=(72, 72), colour_space={b"gAMA": bytes(4)}, **kept), folder)
         write("grey.png", PictureFile([deep[..., :2]], **kept), folder)
@@ -74,7 +73,7 @@ def valid_files() -> dict[str, bytes]:
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """One of the damages that find faults: flips, extreme numbers, cuts, doublings, and all of them inside EXIF and ICC."""
+    """Damages that find faults: flips, extreme numbers, cuts, doublings; also within EXIF, ICC profile and XMP."""
     data = bytearray(data)
     start, stop = 0, len(data)
     if draw.random() < 0.3:  # within metadata
@@ -172,7 +171,7 @@ NAMES = sorted(valid_files())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mutated_files_give_pictures_or_one_line(tmp_path, name):
-    fuzz(name, 150, tmp_path)
+    fuzz(name, 100, tmp_path)
 
 
 @pytest.mark.slow
