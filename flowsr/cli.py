@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--suffix", default="", help="behind the names of results in a folder, such as _x4")
     made.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
     made.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    made.add_argument("--max-pixels", type=int, help="of a result, all frames together (default: 2 ** 29)")
+    made.add_argument("--max-pixels", type=int, help="largest result, all frames together")
     made.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     made.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
@@ -229,8 +229,11 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
             raise ValueError("The standard output is a terminal; send it to a file or another program.")
         return [Path(f"-{suffix or inputs[0].suffix}")]
     if output.suffix and not output.is_dir() and not options.output.endswith(("/", os.sep)):
-        if output.suffix.lower() not in PICTURE_SUFFIXES and output.exists():
-            raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
+        if output.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ValueError(
+                f"`-o {output}` has no suffix of a picture ({', '.join(sorted(PICTURE_SUFFIXES))}); for a folder, end "
+                "it with a slash."
+            )
         if options.format and format_of(output) != format_of(f"-{suffix}"):
             raise ValueError(f"`-o {output}` and `--format {options.format}` disagree; leave one.")
         format_of(output)
@@ -248,7 +251,7 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
     for target in targets + [compare_path(target) for target in targets if options.compare]:
         check_place(target)
         if target in planned:
-            raise ValueError(f"Two results would be written to {target}; upscale them into different folders.")
+            raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
         planned.add(target)
         if target.resolve() in sources:
             raise ValueError(f"{target} is an input and would be overwritten; choose another `-o` or a `--suffix`.")

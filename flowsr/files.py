@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 from xml.sax.saxutils import quoteattr
@@ -288,7 +289,6 @@ def decode(data: bytes, max_pixels: int) -> PictureFile:
         frames = 1
     elif image.format == "HEIF" and frames > 1:
         picture.notes.append(f"holds {frames} pictures, of which the main one is taken")
-        image.seek(getattr(image, "_primary_index", image.tell()))
         frames = 1
     if frames > MAX_FRAMES:
         raise UnreadableError(f"holds {frames} frames; at most {MAX_FRAMES} are read.")
@@ -642,6 +642,9 @@ def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality
             raise ValueError(f"{path}: {format.name} cannot hold {many} that are pages; choose TIFF.")
         if picture.durations and format.name == "TIFF":
             raise ValueError(f"{path}: TIFF cannot hold {many} of an animation; choose PNG, WEBP or AVIF.")
+        for duration in picture.durations if format.name == "PNG" else []:  # seconds as two 16-bit numbers
+            if Fraction(duration / 1000).limit_denominator(65535).numerator > 65535:
+                raise ValueError(f"{path}: PNG cannot hold a frame of {duration:g} ms; choose WEBP or AVIF.")
     height, width = (scale * max(frame.shape[axis] for frame in picture.frames) for axis in (0, 1))
     if max(height, width) > format.side:
         raise ValueError(f"{path}: {format.name} cannot hold {width}x{height}; at most {format.side} a side.")
@@ -707,7 +710,7 @@ def write_file(picture: PictureFile, path: str | Path, quality: int | None = Non
             encode(picture, file, format_of(path), quality)
         os.chmod(partial, 0o666 & ~current_umask())
         os.replace(partial, path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # encoders raise as many kinds as decoders
         if getattr(error, "errno", None):  # of the system: a full disk, not the picture
             raise
         raise ValueError(f"{path}: cannot be written as {format_of(path).name} ({one_line(error)}).") from error

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import struct
-import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
@@ -270,8 +269,12 @@ def test_each_format_holds_the_modes_of_the_table_and_refuses_the_others(tmp_pat
     assert again.cmyk == picture.cmyk
 
 
-def test_the_table_in_the_docs_is_that_of_the_code():
-    assert table() in DOCS.read_text()
+def test_the_table_and_the_numbers_in_the_docs_are_those_of_the_code():
+    text = DOCS.read_text()
+    assert table() in text
+    assert f"2 ** {files.MAX_PIXELS.bit_length() - 1} unless given" in text
+    assert 2 ** (files.MAX_PIXELS.bit_length() - 1) == files.MAX_PIXELS
+    assert f"more than {files.MAX_FRAMES} frames, or as a JPEG of more than {files.MAX_SCANS} scans" in text
 
 
 def table() -> str:
@@ -378,17 +381,17 @@ def moving(alpha=False):
     return PictureFile(frames, durations=[100.0, 250.0, 40.0], loop=2)
 
 
-@pytest.mark.parametrize("format", formats(lambda format: format.frames and format.name not in ("AVIF", "TIFF")))
+@pytest.mark.parametrize("format", formats(lambda format: format.frames and format.name != "TIFF"))
 @pytest.mark.parametrize("alpha", [False, True])
 def test_animations_come_frame_by_frame(tmp_path, format, alpha):
     picture, path = moving(alpha), tmp_path / f"a{format.suffixes[0]}"
     write_file(picture.enlarged(repeated, 4), path)
     again = read_file(path)
     assert again.durations == picture.durations
-    assert again.loop == 2
+    assert again.loop == (0 if format.name == "AVIF" else 2)  # Pillow's AVIF plays for ever
     for frame, wanted in zip(again.frames, picture.frames, strict=True):
-        seen = frame[::4, ::4]
-        assert np.array_equal(seen[..., :3], wanted[..., :3])
+        off = np.abs(frame[::4, ::4].astype(int)[..., :3] - wanted[..., :3])
+        assert off.max() == 0 if format.quality is None else off.mean() < 12
 
 
 def test_gifs_are_read_whole_and_refused_as_results(checkpoint, tmp_path, capsys):
@@ -536,6 +539,9 @@ def test_results_too_large_for_their_format_are_refused():
     with pytest.raises(ValueError, match="WEBP cannot hold 16388x4; at most 16383"):
         check_target(wide, "a.webp", scale=4)
     check_target(wide, "a.jpg", scale=4)
+    slow = PictureFile([np.zeros((2, 2, 3), np.uint8)] * 2, durations=[1.0, 70001.0])
+    with pytest.raises(ValueError, match="PNG cannot hold a frame of 70001 ms"):
+        check_target(slow, "a.png")
     with pytest.raises(ValueError, match="no `--quality`"):
         check_target(wide, "a.png", quality=80)
 
@@ -543,14 +549,15 @@ def test_results_too_large_for_their_format_are_refused():
 # The command line.
 
 
-def test_standard_input_to_standard_output(checkpoint, tmp_path):
+def test_standard_input_to_standard_output(checkpoint, tmp_path, monkeypatch, capsysbinary):
     random_picture(9, 6).save(tmp_path / "a.png")
-    command = [sys.executable, "-m", "flowsr.cli", "upscale", "-", "-o", "-", "--checkpoint", checkpoint]
-    done = subprocess.run(command, input=(tmp_path / "a.png").read_bytes(), capture_output=True)
-    assert done.returncode == 0, done.stderr
-    with PIL.Image.open(io.BytesIO(done.stdout)) as image:
-        assert (image.format, image.size) == ("PNG", (36, 24))
-    assert b"1 of 1 pictures written to standard output" in done.stderr
+    for options, format in (([], "PNG"), (["--format", "tif"], "TIFF")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.png").read_bytes())))
+        assert upscale(checkpoint, "-", "-o", "-", *options) == 0
+        captured = capsysbinary.readouterr()
+        with PIL.Image.open(io.BytesIO(captured.out)) as image:
+            assert (image.format, image.size) == (format, (36, 24))
+        assert b"1 of 1 pictures written to standard output" in captured.err
 
 
 def test_nothing_that_exists_is_overwritten_unasked(checkpoint, tmp_path, capsys):
@@ -587,7 +594,7 @@ def test_compare_is_never_written_on_top_of_an_input(checkpoint, tmp_path, capsy
         random_picture(4, 4).save(tmp_path / name)
     inputs = [tmp_path / "a.png", tmp_path / "a_compare.png"]
     assert upscale(checkpoint, *inputs, "-o", tmp_path / "out", "--compare") == 1
-    assert "Two results" in capsys.readouterr().err
+    assert "Two inputs" in capsys.readouterr().err
     assert upscale(checkpoint, tmp_path / "a_compare.png", tmp_path / "a.png", "-o", tmp_path, "--suffix", "_x4") == 0
     assert (
         upscale(checkpoint, *inputs, "-o", tmp_path, "--suffix", "", "--format", "jpg", "--compare", "--overwrite")

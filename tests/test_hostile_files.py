@@ -133,13 +133,15 @@ def judge(data: bytes, path: Path) -> bool:
     for frame in picture.frames:
         assert frame.ndim == 3
         assert frame.dtype in (np.uint8, np.uint16)
-    target = path.with_name("out.tif" if picture.cmyk or not picture.durations else "out.png")
+    same = picture.enlarged(lambda pixels: pixels / np.iinfo(pixels.dtype).max, 1)
+    suffixes = (".png", ".jpg", ".webp", ".tif", ".avif", ".jp2", ".bmp")
+    target = path.with_name("out" + suffixes[zlib.crc32(data) % len(suffixes)])
     try:
-        check_target(picture, target)
+        check_target(same, target)
     except ValueError as error:
         assert "cannot hold" in str(error)
         return True
-    write_file(picture, target)
+    write_file(same, target)
     return True
 
 
