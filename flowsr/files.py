@@ -38,6 +38,14 @@ WIDTHS, HEIGHTS = (0x0100, 0xA002), (0x0101, 0xA003)  # of the picture in IFD0 a
 # artist, copyright.
 TIFF_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 COLOR_CHUNKS = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4}  # of a PNG, with their lengths
+KEPT_SEGMENTS = (b"Photoshop 3.0\0", b"http://ns.adobe.com/xmp/extension/\0")  # of a JPEG, as they are
+READ_SEGMENTS = (b"JFIF", b"JFXX", b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0", b"MPF\0", b"Adobe")
+READ_CHUNKS = (
+    "IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB cICP iCCP eXIf pHYs tEXt zTXt iTXt acTL fcTL fdAT "
+    "bKGD hIST sBIT tIME"  # of the old pixels: their background, palette, precision and date
+).split()
+# Of a TIFF: 254 to 297 and 317 to 347 describe layout, colour and resolution of the pixels, 512 to 532 a JPEG in it.
+LAYOUT_TAGS = (*range(254, 270), *range(273, 298), *range(317, 348), *range(512, 533))
 NAMESPACE = "https://github.com/flowsr/ns/1.0/"
 
 
@@ -310,7 +318,10 @@ def decode(data: bytes, max_pixels: int) -> PictureFile:
             raise UnreadableError("holds pages in CMYK beside others; split it.")
     picture.loop = int(image.info.get("loop") or 0)
     turn(picture, image, tiff_orientation)
-    if picture.durations:  # frames of an animation are of one kind
+    if picture.durations:  # frames of an animation are of one size and kind
+        sizes = {frame.shape[1::-1] for frame in picture.frames}
+        if len(sizes) > 1:
+            raise UnreadableError(f"an animation with frames of {len(sizes)} sizes; make them one.")
         channels = {frame.shape[2] for frame in picture.frames}
         if len(channels) > 1:
             alpha, grey = bool(channels & {2, 4}), not channels & {3, 4}
@@ -486,10 +497,39 @@ def metadata_of(image: PIL.Image.Image, data: bytes, picture: PictureFile) -> No
         picture.colour_space = color_chunks(data)
     if picture.format == "JPEG":
         for name, content in getattr(image, "applist", []):
-            iptc = name == "APP13" and content.startswith(b"Photoshop 3.0\0")
-            if iptc or content.startswith(b"http://ns.adobe.com/xmp/extension/\0"):
+            if content.startswith(KEPT_SEGMENTS):
                 marker = bytes([0xFF, 0xE0 + int(name[3:])])
                 picture.segments += marker + struct.pack(">H", len(content) + 2) + content
+    others = others_of(image, data)
+    if others:
+        picture.notes.append(f"its {', '.join(others)} cannot be kept")
+
+
+def others_of(image: PIL.Image.Image, data: bytes) -> list[str]:
+    """Names of what stands in a file beside the pixels and all that is read from it."""
+    if image.format in ("JPEG", "MPO"):
+        known = (*KEPT_SEGMENTS, *READ_SEGMENTS)
+        found = [
+            f"{name} segment" for name, content in image.applist if not content.startswith(known) and name != "COM"
+        ]
+    elif image.format == "PNG":
+        found = [f"{name} chunk" for name in png_chunks(data) if name not in READ_CHUNKS]
+    elif image.format == "TIFF":
+        known = {*TIFF_TAGS, *LAYOUT_TAGS, EXIF_IFD, GPS_IFD, XMP_TAG, ICC_TAG}
+        found = [f"tag {tag}" for tag in sorted(image.tag_v2) if tag not in known]
+    else:
+        found = []
+    found = list(dict.fromkeys(found))
+    return found if len(found) <= 5 else [*found[:5], f"{len(found) - 5} others"]
+
+
+def png_chunks(data: bytes) -> list[str]:
+    names, at = [], 8
+    while at + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        names.append(name.decode("latin-1") if name.isalpha() else "damaged")
+        at += size + 12
+    return names
 
 
 def exif_of(image: PIL.Image.Image) -> bytes:
@@ -706,7 +746,8 @@ def write_file(picture: PictureFile, path: str | Path, quality: int | None = Non
     check_target(picture, path, quality=quality)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".flowsr-", suffix=".partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slips in EXIF, which is written as it was
             encode(picture, file, format_of(path), quality)
         os.chmod(partial, 0o666 & ~current_umask())
         os.replace(partial, path)

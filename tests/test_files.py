@@ -465,6 +465,15 @@ def test_a_second_upscaling_replaces_what_the_first_said():
     xml.etree.ElementTree.fromstring(twice.xmp)
 
 
+def test_the_example_in_the_docs_runs(tmp_path, monkeypatch):
+    levels = random_levels(7, 9, 3)
+    write_file(PictureFile([levels], icc_profile=PROFILE), tmp_path / "photo.tif")
+    monkeypatch.chdir(tmp_path)
+    exec(DOCS.read_text().split("```python\n")[1].split("```")[0], {})
+    large = read_file("large.tif")
+    assert (large.frames[0].shape, large.bits, large.icc_profile) == ((28, 36, 3), 16, PROFILE)
+
+
 # Damage and other hindrances.
 
 
@@ -476,6 +485,18 @@ def test_damaged_metadata_is_left_out_and_named(tmp_path):
     picture = read_file(tmp_path / "a.jpg")
     assert len(picture.notes) == 3
     assert not (picture.exif or picture.icc_profile or picture.xmp)
+
+
+def test_what_is_in_a_file_beside_all_that_is_read_is_named(tmp_path):
+    random_picture(8, 6).save(tmp_path / "a.jpg", extra=b"\xff\xeb\x00\x08JP\0\1ab")
+    assert read_file(tmp_path / "a.jpg").notes == ["its APP11 segment cannot be kept"]
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add(b"caBX", b"credentials")
+    random_picture(8, 6).save(tmp_path / "a.png", pnginfo=info)
+    assert read_file(tmp_path / "a.png").notes == ["its caBX chunk cannot be kept"]
+    tags = [(33550, "d", 3, (1.0, 1.0, 0.0), False)]
+    tifffile.imwrite(tmp_path / "a.tif", random_levels(6, 8, 1, np.uint8)[..., 0], extratags=tags, software=None)
+    assert read_file(tmp_path / "a.tif").notes == ["its tag 33550 cannot be kept"]
 
 
 def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path):
