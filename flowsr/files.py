@@ -264,10 +264,11 @@ def read_bytes(path: str | Path, name: str, limit: int) -> bytes:
 def open_image(data: bytes, frame: int = 0) -> PIL.Image.Image:
     """The header of a frame; nothing is decoded."""
     formats = [format.name for format in FORMATS if format.name != "HEIF"]
-    if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
-        formats = ["HEIF"] if load_heif() else formats
-        if formats != ["HEIF"] and data[8:11] in (b"hei", b"hev", b"mif"):
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)] if data[4:8] == b"ftyp" else b""
+    if b"avif" not in brands and b"avis" not in brands and any(each in brands for each in (b"hei", b"hev", b"mif1")):
+        if not load_heif():
             raise UnreadableError("HEIC is read with pillow-heif; pip install 'flowsr[heif]'.")
+        formats = ["HEIF"]
     image = PIL.Image.open(io.BytesIO(data), formats=formats)
     if frame:
         image.seek(frame)
@@ -359,6 +360,12 @@ def pixels_of(image: PIL.Image.Image, data: bytes, frame: int) -> np.ndarray:
         if image.format == "TIFF" and image.tag_v2.get(284, 1) == 2:
             raise UnreadableError("16 bits per colour channel, each channel stored apart; store them together.")
         return decode_deep(image, data, frame, raw)
+    if depth > 8 and image.format == "HEIF":
+        import pillow_heif
+
+        deep = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)  # its values fill 16 bits
+        if deep.mode in ("RGB;16", "RGBA;16"):
+            return np.array(deep)
     if depth > 8 and image.mode not in ("I;16", "I;16B", "I;16L", "I"):
         raise UnreadableError(
             f"{depth} bits per colour channel in a {image.format}; convert it to a 16-bit PNG or TIFF."

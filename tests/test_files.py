@@ -169,6 +169,20 @@ def test_what_would_be_cut_to_8_bits_in_silence_is_refused(tmp_path, content, bi
         read_file(tmp_path / "a")
 
 
+def test_heic_of_10_bits_is_read_as_such(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    y, x = np.mgrid[0:16, 0:24]
+    levels = np.stack([1500 * (x + y), 900 * (x + y), 400 * (x + y)], axis=2).astype(np.uint16)
+    with open(tmp_path / "a.heic", "wb") as file:
+        pillow_heif.encode("RGB;16", (24, 16), levels.tobytes(), file, quality=100, chroma=444)
+    picture = read_file(tmp_path / "a.heic")
+    assert picture.bits == 16
+    off = np.abs(picture.frames[0].astype(int) - levels)
+    assert off.mean() < 257 / 3  # a third of a level of 8 bits
+    with pytest.raises(ValueError, match="choose PNG or TIFF"):
+        check_target(picture, "b.heic")
+
+
 # Beside the pixels.
 
 
