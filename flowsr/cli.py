@@ -222,6 +222,8 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
     streams = [path for path in inputs if str(path) == "-"]
     if streams and len(inputs) > 1:
         raise ValueError("The standard input `-` is one picture; upscale others by another call.")
+    if Path(f"a{options.suffix}").name != f"a{options.suffix}":
+        raise ValueError(f"`--suffix` is a part of a name, got {options.suffix!r}.")
     if options.output == "-":
         if len(inputs) > 1 or options.compare:
             raise ValueError(f"The standard output takes one picture; name a folder for {len(inputs)} or `--compare`.")
