@@ -193,7 +193,9 @@ def update_exif(exif: bytes, size: tuple[int, int], scale: int) -> bytes:
         ValueError: for an EXIF that is damaged.
     """
     parsed = parse_exif(exif)
-    dict(parsed), parsed.tobytes()  # whatever is wrong with a value comes to light here
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dict(parsed), parsed.tobytes()  # whatever is wrong with a value comes to light here
     data = bytearray(exif)
     order = {b"II": "<", b"MM": ">"}[exif[:2]]
 

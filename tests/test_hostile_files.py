@@ -1,5 +1,6 @@
 """Damaged and hostile files give a picture or one line, in bounded time and memory."""
 
+import functools
 import io
 import random
 import resource
@@ -22,6 +23,7 @@ from flowsr.files import PictureFile, UnreadableError, check_target, read_file, 
 SECONDS, MEMORY = 5.0, 2**29  # for any one small file; of growth over all of them, bytes
 
 
+@functools.cache
 def valid_files() -> dict[str, bytes]:
     """Small files of every format and kind, most with EXIF, ICC profile and XMP."""
     made = {}
