@@ -175,7 +175,7 @@ NAMES = sorted(valid_files())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mutated_files_give_pictures_or_one_line(tmp_path, name):
-    fuzz(name, 100, tmp_path)
+    fuzz(name, 250, tmp_path)
 
 
 @pytest.mark.slow
