@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -134,23 +133,10 @@ def dial(options: argparse.Namespace, pipe) -> dict:
 
 
 def upscale(options: argparse.Namespace) -> int:
-    import PIL.Image
-    import torch
     from tqdm import tqdm
 
-    import flowsr
-    from flowsr.files import (
-        MAX_PIXELS,
-        as_rgb,
-        check_target,
-        encode,
-        find_pictures,
-        format_of,
-        read_file,
-        save_picture,
-        with_provenance,
-        write_file,
-    )
+    from flowsr.files import MAX_PIXELS, find_pictures
+    from flowsr.upscaler import upscale_file
 
     max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
     if max_pixels < 1:
@@ -159,48 +145,27 @@ def upscale(options: argparse.Namespace) -> int:
     targets = plan_targets(inputs, options)
     streamed = options.output == "-"
     pipe = load(options.checkpoint, options.device, options.dtype)
-    fidelity = dial(options, pipe)
+    call = {"num_inference_steps": options.steps, "consistency": options.consistency, "tile": options.tile or None}
+    call |= dial(options, pipe)
     pipe.set_progress_bar_config(disable=True)
-    scale = pipe.scale_factor
-
-    def enlarge(pixels):
-        return pipe(
-            pixels,
-            num_inference_steps=options.steps,
-            consistency=options.consistency,
-            tile=options.tile or None,
-            generator=torch.Generator().manual_seed(options.seed),
-            output_type="np",
-            **fidelity,
-        ).images[0]
-
+    model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
     failures = []
     for source, target in (bar := tqdm(list(zip(inputs, targets)), unit="picture", disable=None)):
         bar.set_description(source.name)
         try:
-            picture = read_file(source, max_pixels // scale**2)
-            if not options.no_provenance:
-                model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
-                facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale}
-                facts |= {"steps": options.steps, "seed": options.seed, **fidelity}
-                facts |= {"consistency": options.consistency} if options.consistency else {}
-                picture = with_provenance(picture, facts)
-            if streamed and not target.suffix:
-                target = Path(f"-{picture.suffix}")
-            notes = picture.notes + check_target(picture, target, scale, options.quality)
-            for note in notes:
-                bar.write(f"flowsr: {source}: {note}.", file=sys.stderr)
-            large = picture.enlarged(enlarge, scale)
-            if streamed:
-                encode(large, whole := io.BytesIO(), format_of(target), options.quality)
-                sys.stdout.buffer.write(whole.getvalue())
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(large, target, options.quality)
-            if options.compare:
-                right = as_rgb(large)
-                left = as_rgb(picture).resize(right.size, PIL.Image.BICUBIC)
-                save_picture(side_by_side([left, right]), compare_path(target))
+            upscale_file(
+                pipe,
+                source,
+                target,
+                seed=options.seed,
+                compare_to=compare_path(target) if options.compare else None,
+                model=None if options.no_provenance else model,
+                quality=options.quality,
+                max_pixels=max_pixels,
+                stream=sys.stdout.buffer if streamed else None,
+                say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
+                **call,
+            )
         except ValueError as error:
             failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
     for failure in failures:
@@ -264,14 +229,6 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
 
 def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
-
-
-def side_by_side(images: list):
-    """Pictures of one size in a row."""
-    import numpy as np
-    import PIL.Image
-
-    return PIL.Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -374,6 +331,7 @@ def demo(options: argparse.Namespace) -> int:
     from flowsr.degradations import cut_to_multiple, downscale
     from flowsr.files import read_picture, save_picture
     from flowsr.metrics import psnr_y
+    from flowsr.upscaler import side_by_side
 
     pipe = load(options.checkpoint)
     pipe.set_progress_bar_config(disable=True)
