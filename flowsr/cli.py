@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+FORMATS = ("png", "jpg", "webp", "tif", "avif", "heic", "jp2", "bmp")  # suffixes of files that are written
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 for success, 1 where something could not be done, 2 for a wrong call."""
@@ -42,8 +44,14 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
     made = command(upscale, "Upscale pictures and folders of pictures.")
-    made.add_argument("input", nargs="+", help="picture files and folders")
-    made.add_argument("-o", "--output", required=True, help="folder, or a file name for a single picture")
+    made.add_argument("input", nargs="+", help="picture files and folders; - for the standard input")
+    made.add_argument("-o", "--output", required=True, help="folder, or a file name for one picture; - for stdout")
+    made.add_argument("--format", choices=FORMATS, help="of the results (default: that of the name)")
+    made.add_argument("--suffix", default="", help="behind the names of results in a folder, such as _x4")
+    made.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
+    made.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    made.add_argument("--max-pixels", type=int, help="largest result, all frames together")
+    made.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     made.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
     flow_options(made)
@@ -125,75 +133,102 @@ def dial(options: argparse.Namespace, pipe) -> dict:
 
 
 def upscale(options: argparse.Namespace) -> int:
-    import PIL.Image
-    import torch
     from tqdm import tqdm
 
-    from flowsr.files import find_pictures, read_picture, save_picture
+    from flowsr.files import MAX_PIXELS, find_pictures
+    from flowsr.upscaler import upscale_file
 
+    max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
+    if max_pixels < 1:
+        raise ValueError(f"`--max-pixels` must be positive, got {max_pixels}.")
     inputs = find_pictures(options.input)
-    targets = plan_targets(inputs, Path(options.output))
+    targets = plan_targets(inputs, options)
+    streamed = options.output == "-"
     pipe = load(options.checkpoint, options.device, options.dtype)
-    fidelity = dial(options, pipe)
+    call = {"num_inference_steps": options.steps, "consistency": options.consistency, "tile": options.tile or None}
+    call |= dial(options, pipe)
     pipe.set_progress_bar_config(disable=True)
+    model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
     failures = []
     for source, target in (bar := tqdm(list(zip(inputs, targets)), unit="picture", disable=None)):
         bar.set_description(source.name)
         try:
-            image = read_picture(source)
-            large = pipe(
-                image,
-                num_inference_steps=options.steps,
-                consistency=options.consistency,
-                tile=options.tile or None,
-                generator=torch.Generator().manual_seed(options.seed),
-                **fidelity,
-            ).images[0]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(large, target)
-            if options.compare:
-                bicubic = image.convert("RGB").resize(large.size, PIL.Image.BICUBIC)
-                save_picture(side_by_side([bicubic, large.convert("RGB")]), compare_path(target))
+            upscale_file(
+                pipe,
+                source,
+                target,
+                seed=options.seed,
+                compare_to=compare_path(target) if options.compare else None,
+                model=None if options.no_provenance else model,
+                quality=options.quality,
+                max_pixels=max_pixels,
+                stream=sys.stdout.buffer if streamed else None,
+                say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
+                **call,
+            )
         except ValueError as error:
             failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
     for failure in failures:
         print(f"flowsr: {failure}", file=sys.stderr)
-    print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {options.output}.")
+    where = "standard output" if streamed else options.output
+    done = f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}."
+    print(done, file=sys.stderr if streamed else sys.stdout)
     return 1 if failures else 0
 
 
-def plan_targets(inputs: list[Path], output: Path) -> list[Path]:
-    """Where each result goes; refuses two results with one name and a result on top of an input."""
-    from flowsr.files import PICTURE_SUFFIXES
+def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
+    """Where each result goes; refuses two results with one name, and results on top of inputs and other files.
 
-    if output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir():
+    For the standard output, `-` with the suffix of the format; without one where only the input knows it.
+    """
+    from flowsr.files import PICTURE_SUFFIXES, check_place, format_of
+
+    output, suffix = Path(options.output), f".{options.format}" if options.format else ""
+    streams = [path for path in inputs if str(path) == "-"]
+    if streams and len(inputs) > 1:
+        raise ValueError("The standard input `-` is one picture; upscale others by another call.")
+    if Path(f"a{options.suffix}").name != f"a{options.suffix}":
+        raise ValueError(f"`--suffix` is a part of a name, got {options.suffix!r}.")
+    if options.output == "-":
+        if len(inputs) > 1 or options.compare:
+            raise ValueError(f"The standard output takes one picture; name a folder for {len(inputs)} or `--compare`.")
+        if sys.stdout.isatty():
+            raise ValueError("The standard output is a terminal; send it to a file or another program.")
+        return [Path(f"-{suffix or inputs[0].suffix}")]
+    if output.suffix and not output.is_dir() and not options.output.endswith(("/", os.sep)):
+        if output.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ValueError(
+                f"`-o {output}` has no suffix of a picture ({', '.join(sorted(PICTURE_SUFFIXES))}); for a folder, end "
+                "it with a slash."
+            )
+        if options.format and format_of(output) != format_of(f"-{suffix}"):
+            raise ValueError(f"`-o {output}` and `--format {options.format}` disagree; leave one.")
+        format_of(output)
         if len(inputs) > 1:
             raise ValueError(f"`-o {output}` is one file, but there are {len(inputs)} pictures; name a folder.")
         targets = [output]
     elif output.is_file():
         raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
+    elif streams and not suffix:
+        raise ValueError("The standard input has no name; name the result by `-o`, or its format by `--format`.")
     else:
-        targets = [output / path.name for path in inputs]
+        stems = ["stdin" if path in streams else path.stem for path in inputs]
+        targets = [output / f"{stem}{options.suffix}{suffix or path.suffix}" for stem, path in zip(stems, inputs)]
     sources, planned = {path.resolve() for path in inputs}, set()
-    for target in targets:
+    for target in targets + [compare_path(target) for target in targets if options.compare]:
+        check_place(target)
         if target in planned:
             raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
         planned.add(target)
         if target.resolve() in sources:
-            raise ValueError(f"{target} is an input and would be overwritten; choose another `-o`.")
+            raise ValueError(f"{target} is an input and would be overwritten; choose another `-o` or a `--suffix`.")
+        if target.exists() and not options.overwrite:
+            raise ValueError(f"{target} exists; pass `--overwrite` to replace it, or choose another `-o`.")
     return targets
 
 
 def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
-
-
-def side_by_side(images: list):
-    """Pictures of one size in a row."""
-    import numpy as np
-    import PIL.Image
-
-    return PIL.Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -296,6 +331,7 @@ def demo(options: argparse.Namespace) -> int:
     from flowsr.degradations import cut_to_multiple, downscale
     from flowsr.files import read_picture, save_picture
     from flowsr.metrics import psnr_y
+    from flowsr.upscaler import side_by_side
 
     pipe = load(options.checkpoint)
     pipe.set_progress_bar_config(disable=True)

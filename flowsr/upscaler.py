@@ -1,9 +1,29 @@
-"""A pipeline as a function of tensors, the way spandrel calls its models."""
+"""A pipeline as a function of tensors, the way spandrel calls its models, and as a function of picture files."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+
+import flowsr
+from flowsr.files import (
+    MAX_PIXELS,
+    as_rgb,
+    check_target,
+    encode,
+    format_of,
+    read_file,
+    save_picture,
+    with_provenance,
+    write_file,
+)
 
 
 class Upscaler:
@@ -60,3 +80,72 @@ class Upscaler:
             raise ValueError(f"`image` must have shape (n, 3, h, w), got {tuple(image.shape)}.")
         generators = [torch.Generator().manual_seed(self.seed) for _ in image]
         return self.pipe(image, generator=generators, output_type="pt", **self.options).images.to(image)
+
+
+def upscale_file(
+    pipe: DiffusionPipeline,
+    source: str | Path,
+    target: Path,
+    seed: int = 0,
+    compare_to: Path | None = None,
+    model: str | None = None,
+    quality: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    stream: BinaryIO | None = None,
+    say: Callable[[str], None] = lambda note: None,
+    **options,
+) -> tuple[int, int]:
+    """Upscales a picture file, with all that it holds, into another.
+
+    Args:
+        source: file; `-` for the standard input.
+        target: file, whose suffix says the format; with a `stream`, its suffix alone counts, and without one the
+            format is that of `source`.
+        seed (`int`): of the noise that the flow starts from, in every frame.
+        compare_to (`Path`, *optional*): also write `bicubic | upscaled` of the first frame into this file.
+        model (`str`, *optional*): name to write into the file with how the picture was made; nothing without.
+        quality (`int` in 1..100, *optional*): of lossy compression.
+        max_pixels (`int`): of the result, all frames together.
+        stream: to write to instead of a file.
+        say: called with what the result cannot keep of `source`, in words, before any work.
+        **options: further arguments of the pipeline's call.
+
+    Returns:
+        Width and height of what was written, of the first frame.
+
+    Raises:
+        ValueError: for a file that cannot be read or written, naming it; before any work where that can be known.
+    """
+
+    def enlarge(pixels: np.ndarray) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(pixels, generator=generator, output_type="np", **options).images[0]
+
+    scale = pipe.scale_factor
+    picture = read_file(source, max_pixels // scale**2)
+    if model is not None:
+        facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale, "seed": seed}
+        names = {"num_inference_steps": "steps", "fidelity": "fidelity", "consistency": "consistency"}
+        facts |= {short: options[name] for name, short in names.items() if options.get(name) is not None}
+        picture = with_provenance(picture, facts)
+    if stream is not None and not target.suffix:
+        target = target.with_name(f"{target.name}{picture.suffix}")
+    for note in picture.notes + check_target(picture, target, scale, quality):
+        say(note)
+    large = picture.enlarged(enlarge, scale)
+    if stream is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(large, target, quality)
+    else:
+        encode(large, whole := io.BytesIO(), format_of(target), quality)
+        stream.write(whole.getvalue())
+    height, width = large.frames[0].shape[:2]
+    if compare_to is not None:
+        bicubic = as_rgb(picture).resize((width, height), PIL.Image.BICUBIC)
+        save_picture(side_by_side([bicubic, as_rgb(large)]), compare_to)
+    return width, height
+
+
+def side_by_side(images: list[PIL.Image.Image]) -> PIL.Image.Image:
+    """Pictures of one size in a row."""
+    return PIL.Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))

@@ -79,8 +79,8 @@ def bad_files(folder):
     (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:700])
     (folder / "whole.jpg").unlink()
     frames = [random_picture(4, 4, seed=i) for i in range(2)]
-    frames[0].save(folder / "two.tif", save_all=True, append_images=frames[1:])
-    return {"empty.png": "is empty", "text.png": "not a picture", "cut.jpg": "broken or cut", "two.tif": "2 frames"}
+    frames[0].save(folder / "two.jpg", format="TIFF", save_all=True, append_images=frames[1:])
+    return {"empty.png": "is empty", "text.png": "not a picture", "cut.jpg": "broken or cut", "two.jpg": "2 frames"}
 
 
 def test_bad_files_are_named_and_the_others_done(checkpoint, tmp_path, capsys):

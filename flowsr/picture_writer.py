@@ -1,0 +1,312 @@
+"""Pictures to files: what a format cannot hold is refused before any work; a file is written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tempfile
+import warnings
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
+import PIL.TiffImagePlugin
+
+from flowsr.picture_file import (
+    EXIF_IFD,
+    GPS_IFD,
+    ICC_TAG,
+    TIFF_TAGS,
+    WRITTEN,
+    XMP_TAG,
+    Format,
+    PictureFile,
+    as_image,
+    held,
+    load_heif,
+    one_line,
+    parse_exif,
+)
+
+
+def format_of(path: str | Path) -> Format:
+    """The format that a name stands for.
+
+    Raises:
+        ValueError: for a name without the suffix of a format that can be written.
+    """
+    suffix = Path(path).suffix.lower()
+    for format in WRITTEN:
+        if suffix in format.suffixes:
+            if format.name == "HEIF" and not load_heif():
+                raise ValueError(f"{path}: HEIC is written with pillow-heif; pip install 'flowsr[heif]'.")
+            return format
+    if suffix == ".gif":
+        raise ValueError(
+            f"{path}: a GIF holds 256 colours a frame, fewer than an upscaled picture has; flowsr writes animations "
+            "as PNG, WebP or AVIF: choose with `--format`."
+        )
+    raise ValueError(f"{path}: flowsr writes {', '.join(suffix for each in WRITTEN for suffix in each.suffixes)}.")
+
+
+def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality: int | None = None) -> list[str]:
+    """Says before any work whether a format can hold a picture, and what it would leave out.
+
+    Args:
+        picture: as it was read.
+        path: where the result is to go; its suffix says the format.
+        scale (`int`): pixels of the result per pixel of `picture`.
+        quality (`int` in 1..100, *optional*): of lossy compression.
+
+    Returns:
+        `list[str]`: in words, what beside the pixels the format does not keep.
+
+    Raises:
+        ValueError: if the format cannot hold the picture.
+    """
+    path, format = Path(path), format_of(path)
+    modes = format.deep if picture.bits == 16 else format.modes
+    if picture.mode not in modes:
+        kind = {"L": "grey", "LA": "grey with alpha", "RGB": "colour", "RGBA": "colour with alpha"}
+        kind = f"{kind.get(picture.mode, picture.mode)} of {picture.bits} bits"
+        fitting = [each.name for each in WRITTEN if picture.mode in (each.deep if picture.bits == 16 else each.modes)]
+        raise ValueError(f"{path}: {format.name} cannot hold {kind}; choose {' or '.join(fitting)}.")
+    if len(picture.frames) > 1:
+        many = f"{len(picture.frames)} frames"
+        if not format.frames:
+            fitting = " or ".join(each.name for each in WRITTEN if each.frames)
+            raise ValueError(f"{path}: {format.name} cannot hold {many}; choose {fitting}.")
+        if not picture.durations and format.name != "TIFF":
+            raise ValueError(f"{path}: {format.name} cannot hold {many} that are pages; choose TIFF.")
+        if picture.durations and format.name == "TIFF":
+            raise ValueError(f"{path}: TIFF cannot hold {many} of an animation; choose PNG, WEBP or AVIF.")
+        for duration in picture.durations if format.name == "PNG" else []:  # seconds as two 16-bit numbers
+            if Fraction(duration / 1000).limit_denominator(65535).numerator > 65535:
+                raise ValueError(f"{path}: PNG cannot hold a frame of {duration:g} ms; choose WEBP or AVIF.")
+    height, width = (scale * max(frame.shape[axis] for frame in picture.frames) for axis in (0, 1))
+    if max(height, width) > format.side:
+        raise ValueError(f"{path}: {format.name} cannot hold {width}x{height}; at most {format.side} a side.")
+    size = scale**2 * sum(frame.nbytes for frame in picture.frames)
+    if format.name in ("TIFF", "BMP") and size > 0.99 * 2**32:
+        raise ValueError(f"{path}: {format.name} cannot hold {size:,} bytes of pixels; at most 4 GiB: choose PNG.")
+    if quality is not None and not 1 <= quality <= 100:
+        raise ValueError(f"`--quality` must be in 1..100, got {quality}.")
+    if quality is not None and format.quality is None and format.name != "WEBP":
+        raise ValueError(f"{path}: {format.name} is written without a loss and has no `--quality`; leave it.")
+    lost = left_out(picture, format)
+    return [f"{format.name} does not keep {', '.join(lost)}"] if lost else []
+
+
+def check_place(path: Path) -> None:
+    """Raises a ValueError for a name that no file can be written under."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path}: {folder} is a file, not a folder.")
+    # os.access judges by the effective user where it can.
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError(f"{path}: no permission to write to {folder}.")
+    longest = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if len(os.fsencode(path.name)) > longest:
+        raise ValueError(f"{path}: the name is longer than the {longest} bytes that the file system takes.")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder has this name.")
+
+
+def left_out(picture: PictureFile, format: Format) -> list[str]:
+    """Names of what a picture holds and a format does not keep, or not of that length."""
+    parts = held(picture)
+    lost = [name for name, value in parts.items() if value and name not in format.keeps]
+    if format.name == "JPEG":  # one segment each
+        longest = {"EXIF": 65533 - 8, "XMP": 65533 - 29, "comment": 65533}
+        lost += [f"{name} of {len(parts[name]):,} bytes" for name in longest if len(parts[name]) > longest[name]]
+    return lost
+
+
+def write_file(picture: PictureFile, path: str | Path, quality: int | None = None) -> None:
+    """Writes a picture in the format of its suffix, with what the format keeps of all it holds.
+
+    The file appears under its name only when it is complete. Compression is lossless where the format has it; JPEG,
+    AVIF and HEIC are written at quality 95 without chroma subsampling, WebP with a loss only if `quality` is given.
+
+    Raises:
+        ValueError: if the format cannot hold the picture.
+    """
+    path = Path(path)
+    check_target(picture, path, quality=quality)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".flowsr-", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slips in EXIF, which is written as it was
+            encode(picture, file, format_of(path), quality)
+        os.chmod(partial, 0o666 & ~current_umask())
+        os.replace(partial, path)
+    except Exception as error:  # encoders raise as many kinds as decoders
+        if getattr(error, "errno", None):  # of the system: a full disk, not the picture
+            raise
+        raise ValueError(f"{path}: cannot be written as {format_of(path).name} ({one_line(error)}).") from error
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def encode(picture: PictureFile, file: BinaryIO, format: Format, quality: int | None = None) -> None:
+    """Writes a picture that `check_target` has let pass to an open file."""
+    lost = {name.split(" of ")[0] for name in left_out(picture, format)}
+    kept = {name: value for name, value in held(picture).items() if value and name not in lost}
+    if format.name == "TIFF":
+        encode_tiff(picture, kept, file)
+        return
+    options: dict[str, object] = {}
+    for name, option in (("EXIF", "exif"), ("ICC profile", "icc_profile"), ("XMP", "xmp"), ("comment", "comment")):
+        if name in kept:
+            options[option] = kept[name]
+    if "EXIF" in kept and format.name == "JPEG":
+        options["exif"] = b"Exif\0\0" + kept["EXIF"]
+    if "resolution" in kept:
+        options["dpi"] = tuple(kept["resolution"])
+    if format.quality is not None:
+        options["quality"] = quality or format.quality
+    if format.name == "JPEG":
+        options |= {"subsampling": 0, "extra": picture.segments}
+        if max(options.get("dpi", (0,))) >= 65535.5:
+            del options["dpi"]
+    elif format.name == "WEBP":
+        options |= {"exact": True, **({"quality": quality} if quality else {"lossless": True})}
+    elif format.name == "AVIF":
+        options["subsampling"] = "4:4:4"
+    elif format.name == "HEIF":
+        options["chroma"] = 444
+    elif format.name == "PNG":
+        options["pnginfo"] = png_info(kept)
+        for name in ("xmp", "comment"):
+            options.pop(name, None)
+        if picture.bits == 16:
+            encode_png16(picture.frames[0], file, options)
+            return
+    images = [as_image(frame, picture) for frame in picture.frames]
+    if len(images) > 1:
+        durations = [round(each) for each in picture.durations]
+        options |= {"save_all": True, "append_images": images[1:], "duration": durations, "loop": picture.loop}
+    images[0].save(file, format=format.name, **options)
+
+
+def png_info(kept: dict) -> PIL.PngImagePlugin.PngInfo:
+    info = PIL.PngImagePlugin.PngInfo()
+    for name, content in kept.get("colour space", {}).items():
+        info.add(name, content)
+    if "XMP" in kept:
+        info.add_itxt("XML:com.adobe.xmp", kept["XMP"].decode())
+    text = dict(kept.get("text", {}))
+    if "comment" in kept:
+        text.setdefault("Comment", kept["comment"].decode("utf-8", "replace").replace("\0", ""))
+    for key, value in text.items():
+        if isinstance(value, PIL.PngImagePlugin.iTXt):
+            info.add_itxt(key, value, value.lang or "", value.tkey or "")
+        else:
+            info.add_text(key, value)
+    return info
+
+
+def encode_png16(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
+    """A PNG of 16 bits per channel; Pillow, which has none in colour, writes all chunks but the picture's own two."""
+    height, width, channels = pixels.shape
+    frame = io.BytesIO()
+    PIL.Image.new(("L", "LA", "RGB", "RGBA")[channels - 1], (1, 1)).save(frame, format="PNG", **options)
+    data, at = frame.getvalue(), 8
+
+    def chunk(name: bytes, *contents: bytes) -> None:
+        content = b"".join(contents)
+        file.write(struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)))
+
+    file.write(data[:8])
+    while at < len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        if name == b"IHDR":
+            chunk(b"IHDR", struct.pack(">II", width, height), b"\x10", data[at + 17 : at + 21])
+        elif name == b"IDAT":
+            compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * 2), np.uint8)
+            for start in range(0, height, 64):
+                rows = pixels[start : start + 64].astype(">u2", order="C").view(np.uint8)
+                rows = rows.reshape(-1, width * channels * 2)
+                chunk(b"IDAT", compressor.compress(paeth(rows, above, 2 * channels)))
+                above = rows[-1:]
+            chunk(b"IDAT", compressor.flush())
+        else:
+            file.write(data[at : at + size + 12])
+        at += size + 12
+
+
+def paeth(rows: np.ndarray, above: np.ndarray, step: int) -> bytes:
+    """Rows of bytes, each behind a 4, less what filter 4 of the PNG specification (section 9.4) predicts for them.
+
+    Args:
+        rows: `(n, bytes)`.
+        above: `(1, bytes)`, the row over the first.
+        step: bytes per pixel.
+    """
+    up = np.concatenate([above, rows[:-1]]).astype(np.int16)
+    left, up_left = (np.pad(each, ((0, 0), (step, 0)))[:, :-step].astype(np.int16) for each in (rows, up))
+    to_left, to_up, to_up_left = abs(up - up_left), abs(left - up_left), abs(left + up - 2 * up_left)
+    near = np.where((to_left <= to_up) & (to_left <= to_up_left), left, np.where(to_up <= to_up_left, up, up_left))
+    filtered = np.full((len(rows), rows.shape[1] + 1), 4, np.uint8)
+    filtered[:, 1:] = rows - near.astype(np.uint8)
+    return filtered.tobytes()
+
+
+def encode_tiff(picture: PictureFile, kept: dict, file: BinaryIO) -> None:
+    """A TIFF of 8 or 16 bits per channel, a page per frame, compressed by Deflate with horizontal differences."""
+    file.write(b"II*\0")
+    link, position = 4, 8  # of the pointer to the next page; of the end of the file
+    file.write(struct.pack("<I", 0))
+    for pixels in picture.frames:
+        height, width, channels = pixels.shape
+        rows = max(1, 2**18 // pixels[:1].nbytes)
+        strips = []
+        for start in range(0, height, rows):
+            strip = pixels[start : start + rows].copy()
+            strip[:, 1:] -= pixels[start : start + rows, :-1]  # wraps around, as TIFF 6.0 (section 14) has it
+            strips.append(zlib.compress(strip.astype(strip.dtype.newbyteorder("<")).tobytes()))
+        sizes = [len(strip) for strip in strips]
+        page = PIL.TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+        if "EXIF" in kept:
+            exif = parse_exif(kept["EXIF"])
+            for tag in TIFF_TAGS:
+                if tag in exif:
+                    page[tag] = exif[tag]
+            for tag in (EXIF_IFD, GPS_IFD):
+                if values := dict(exif.get_ifd(tag)):
+                    page[tag] = values
+        page[256], page[257], page[258] = width, height, (8 * pixels.itemsize,) * channels
+        page[259], page[317] = 8, 2
+        page[262] = 5 if picture.cmyk else 2 if channels > 2 else 1
+        if channels in (2, 4) and not picture.cmyk:
+            page[338] = 2  # alpha, not multiplied into the colour
+        page[277], page[278], page[284], page[279] = channels, rows, 1, tuple(sizes)
+        page[273] = tuple(int(offset) for offset in np.cumsum([0, *sizes[:-1]]))  # Pillow adds where they begin
+        page.tagtype[273] = page.tagtype[279] = 4
+        if "resolution" in kept:
+            page[282], page[283], page[296] = *kept["resolution"], 2
+        for name, tag, kind in (("XMP", XMP_TAG, 1), ("ICC profile", ICC_TAG, 7)):
+            if name in kept:
+                page[tag], page.tagtype[tag] = kept[name], kind
+        if position % 2:
+            file.write(b"\0")
+            position += 1
+        file.seek(link)
+        file.write(struct.pack("<I", position))
+        file.seek(position)
+        directory = page.tobytes(position)
+        file.write(directory + b"".join(strips))
+        link = position + 2 + 12 * len(page)
+        position += len(directory) + sum(sizes)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
