@@ -53,7 +53,7 @@ from flowsr.objectives import (
     sigmas_for,
     timesteps_for,
 )
-from flowsr.pipelines.prior import estimate
+from flowsr.pipelines.conditioning import estimate
 from flowsr.pipelines.sharing import clear_errors
 from flowsr.publish import publish
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves

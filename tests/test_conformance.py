@@ -480,9 +480,12 @@ def test_pipeline_from_pipe_shares_its_components(make):
 
 
 def test_from_pipe_between_classes_and_with_replacements():
-    ddpm = DDPMSRPipeline.from_pipe(make_flow(), scheduler=DDIMScheduler())
+    flow = FlowMatchSRPipeline(make_unet(**EVERYTHING, precondition=False), FlowMatchSREulerScheduler())
+    ddpm = DDPMSRPipeline.from_pipe(flow, scheduler=DDIMScheduler())
     assert isinstance(ddpm.unet, UNetSRModel)
     assert call(ddpm).shape == (1, 3, 16, 24)
+    with pytest.raises(ValueError, match="formulas of this UNetSRModel hold for a flow, not for the diffusion"):
+        DDPMSRPipeline.from_pipe(make_flow(), scheduler=DDIMScheduler())
 
 
 @every_pipeline

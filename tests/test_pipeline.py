@@ -282,7 +282,7 @@ BAD_ARGUMENTS = {
     "fidelity": (1.5, r"\[0, 1\]"),
     "consistency": ("hard", "'exact', 'soft' or None"),
     "guidance_scale": (2.0, "condition dropout"),
-    "num_images_per_prompt": (0, "at least 1"),
+    "num_images_per_prompt": (0, "whole number from 1"),
     "tile": (0, "LR pixels"),
     "output_type": ("jpeg", "output_type"),
     "generator": ([torch.Generator()] * 2, "one generator per output"),

@@ -7,7 +7,7 @@ import torch
 from conftest import make_pipeline, make_unet, random_picture
 
 from flowsr import FlowMatchPipeline, FlowMatchSREulerScheduler
-from flowsr.pipelines.solvers import integrate
+from flowsr.pipelines.flow import integrate
 
 ORDERS = {"midpoint": 2, "heun": 2, "rk4": 4}
 
