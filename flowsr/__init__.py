@@ -8,6 +8,7 @@ if (_root / "setup.py").is_file() and (_root / "pipelines").is_dir():
     __path__.append(str(_root))
 
 # Eager imports: diffusers looks component classes up among the loaded modules.
+from flowsr.models.encoded_sr import EncodedSRModel  # noqa: E402
 from flowsr.models.unet_sr import UNetSRModel  # noqa: E402
 from flowsr.models.unet_sr_context import ContextUNetSRModel  # noqa: E402
 from flowsr.pipelines.pipeline_ddpm_sr import DDPMSRPipeline  # noqa: E402
@@ -35,6 +36,7 @@ def bundled(name: str = "x4") -> str:
 __all__ = [
     "ContextUNetSRModel",
     "DDPMSRPipeline",
+    "EncodedSRModel",
     "FlowMatchPipeline",
     "FlowMatchSREulerScheduler",
     "FlowMatchSRPipeline",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,8 +107,13 @@ class Cropping:
         hr = cut_to_multiple(np.atleast_3d(np.asarray(picture)), self.scale)
         return hr, downscale(hr, self.scale) if self.scale > 1 and self.degradation == "bicubic" else None
 
-    def crop(self, hr: np.ndarray, lr: np.ndarray | None, index: int, label: int | None) -> dict[str, torch.Tensor]:
-        """Crop number `index`: `hr` (c, resolution, resolution) and `lr` (c, resolution / scale, ...) in [-1, 1]."""
+    def crop(
+        self, hr: np.ndarray, lr: np.ndarray | None, index: int, label: int | None, answer: np.ndarray | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Crop number `index`: `hr` (c, resolution, resolution) and `lr` (c, resolution / scale, ...) in [-1, 1].
+
+        Where a teacher's `answer` is given, which lies on the grid of `hr`, the crop has it as `teacher`.
+        """
         random = np.random.default_rng([self.seed, 1, index])
         s, side = self.scale, self.resolution // self.scale
         rows, columns = hr.shape[0] // s - side + 1, hr.shape[1] // s - side + 1  # places on the LR grid
@@ -116,8 +121,11 @@ class Cropping:
         top, left = ((rows - 1) // 2, (columns - 1) // 2) if self.center_crop else place
         symmetry = int(random.integers(8))
         symmetry = {"turns": symmetry, "flip": 4 * (symmetry % 2), "none": 0}[self.augmentation]
-        hr = hr[top * s : (top + side) * s, left * s : (left + side) * s]
+        place = slice(top * s, (top + side) * s), slice(left * s, (left + side) * s)
+        hr = hr[place]
         example = {"index": torch.tensor(index)}
+        if answer is not None:
+            example["teacher"] = to_tensor(turn(answer[place], symmetry))
         if s > 1:
             lr = degrade(hr, s, self.degradation, random) if lr is None else lr[top : top + side, left : left + side]
             example["lr"] = to_tensor(turn(lr, symmetry))
@@ -138,17 +146,18 @@ class CropDataset(Dataset):
         start, length (`int`): first crop and number of crops.
         cache_gib (`float`): how much decoded data is kept in memory, in GiB.
         overfit (`int`, *optional*): only so many different crops, over and over.
+        teacher: gives an answer for the name of a picture and its LR, see [`flowsr.teacher`].
     """
 
     def __init__(
         self, images, cropping: Cropping, start: int = 0, length: int = 0, cache_gib: float = 0.0,
-        overfit: int | None = None,
+        overfit: int | None = None, teacher: Callable[[str | None, np.ndarray], np.ndarray] | None = None,
     ):  # fmt: skip
-        self.images, self.cropping = images, cropping
+        self.images, self.cropping, self.teacher = images, cropping, teacher
         self.start, self.length, self.overfit = start, length, overfit
         self.labelled = "label" in images.column_names
         self.cache_left = int(cache_gib * 2**30)
-        self.cache: dict[int, tuple[np.ndarray, np.ndarray | None, int | None]] = {}
+        self.cache: dict[int, tuple] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -158,16 +167,18 @@ class CropDataset(Dataset):
         index = number % self.overfit if self.overfit else number
         epoch, position = divmod(index, len(self.images))
         picture = int(order_of_pictures(self.cropping.seed, epoch, len(self.images))[position])
-        hr, lr, label = self.read(picture)
-        return self.cropping.crop(hr, lr, index, label) | {"index": torch.tensor(number)}
+        hr, lr, label, answer = self.read(picture)
+        return self.cropping.crop(hr, lr, index, label, answer) | {"index": torch.tensor(number)}
 
-    def read(self, picture: int) -> tuple[np.ndarray, np.ndarray | None, int | None]:
-        """A picture, its LR and its class, decoded once as long as the cache has room."""
+    def read(self, picture: int) -> tuple[np.ndarray, np.ndarray | None, int | None, np.ndarray | None]:
+        """A picture, its LR, its class and the teacher's answer, read once as long as the cache has room."""
         if picture in self.cache:
             return self.cache[picture]
         row = self.images[picture]
-        found = (*self.cropping.pair(row["image"]), row["label"] if self.labelled else None)
-        size = sum(array.nbytes for array in found[:2] if array is not None)
+        hr, lr = self.cropping.pair(row["image"])
+        answer = self.teacher(name_of(self.images, picture), lr) if self.teacher is not None else None
+        found = hr, lr, row["label"] if self.labelled else None, answer
+        size = sum(array.nbytes for array in (hr, lr, answer) if array is not None)
         if size <= self.cache_left:
             self.cache_left -= size
             self.cache[picture] = found
@@ -238,6 +249,15 @@ def smaller_than(images, resolution: int) -> dict[int, str]:
             if min(picture.size) < resolution:
                 small[number] = f"{row['image']['path'] or number} ({picture.width}x{picture.height})"
     return small
+
+
+def name_of(images, picture: int) -> str | None:
+    """The file name of a picture, where it came from a file."""
+    import datasets
+
+    undecoded = images.select([picture]).cast_column("image", datasets.Image(decode=False))
+    path = undecoded[0]["image"]["path"]
+    return path and Path(path).name
 
 
 def open_undecoded(row: dict) -> Image.Image:

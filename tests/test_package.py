@@ -14,6 +14,7 @@ MODULES = {  # written into model_index.json: a file format
     "DDPMSRPipeline": "flowsr.pipelines.pipeline_ddpm_sr",
     "UNetSRModel": "flowsr.models.unet_sr",
     "ContextUNetSRModel": "flowsr.models.unet_sr_context",
+    "EncodedSRModel": "flowsr.models.encoded_sr",
     "FlowMatchSREulerScheduler": "flowsr.schedulers.scheduling_flow_match_sr_euler",
 }
 

@@ -1,0 +1,108 @@
+"""The optimisers of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from flowsr.averages import like
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
+
+
+def make_optimizer(
+    name: str, network: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimiser of the trainable weights of a network.
+
+    Args:
+        name: "adamw" (Loshchilov and Hutter 2019), "adamw_8bit" (its states in 8 bits, Dettmers et al. 2022, by
+            bitsandbytes) or "muon" (see [`Muon`]).
+        learning_rate (`float`): peak.
+        betas, weight_decay: AdamW's.
+    """
+    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
+    options["eps"] = 1e-10  # gradients of a mean over small residuals are small
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    if name == "muon":
+        return Muon(network, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("`optimizer: adamw_8bit` needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit(parameters, **options)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the convolutions inside a network, AdamW for the rest at the same rate.
+
+    A convolution is seen as a matrix `(out, in * kh * kw)`, and its momentum is replaced by the nearest orthogonal
+    matrix, so that all directions are learned equally fast. The factor `0.2 * sqrt(max(sides))` gives the update the
+    RMS of AdamW's (Liu et al. 2025, Muon is Scalable for LLM Training, eq. 4), so that one learning rate serves both.
+    First and last convolutions (`conv_in`, `conv_out`), biases, embeddings and linear layers are AdamW's.
+
+    Args:
+        network (`nn.Module`): whose trainable weights are optimised.
+        lr, betas, eps, weight_decay: AdamW's; `lr` and `weight_decay` hold for both.
+        momentum (`float`): of the orthogonalised gradient, with Nesterov's look ahead.
+    """
+
+    def __init__(self, network: nn.Module, lr: float, momentum: float = 0.95, **adamw):
+        inner, rest = [], []
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                matrix = parameter.ndim == 4 and "conv_in" not in name and "conv_out" not in name
+                (inner if matrix else rest).append(parameter)
+        groups = [{"params": inner, "momentum": momentum}, {"params": rest, "momentum": None}]
+        super().__init__([group for group in groups if group["params"]], lr=lr, **adamw)
+
+    def step(self, closure: Callable | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                if group["momentum"] is not None:
+                    for weight in group["params"]:
+                        if weight.grad is not None:
+                            self.orthogonal_step(weight, group)
+                            weight.grad = None  # done, so that AdamW's step leaves it alone
+        super().step()
+        return loss
+
+    def orthogonal_step(self, weight: nn.Parameter, group: dict) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        average = state["momentum_buffer"]
+        average.lerp_(weight.grad, 1 - group["momentum"])
+        ahead = weight.grad.lerp(average, group["momentum"])
+        whole = ahead.full_tensor() if hasattr(ahead, "full_tensor") else ahead  # sharded by FSDP 2
+        update = orthogonalised(whole.flatten(1)).view_as(whole)
+        size = 0.2 * max(len(update), update[0].numel()) ** 0.5
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.sub_(like(weight, update).mul_(group["lr"] * size))
+
+
+def orthogonalised(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """About U V^T of the singular value decomposition U S V^T, by the Newton-Schulz iteration of Jordan et al. 2024.
+
+    Its coefficients trade precision for speed: singular values end between 0.7 and 1.2, except the very smallest.
+
+    Args:
+        matrix (`torch.Tensor` of shape `(rows, columns)`).
+    """
+    x = matrix.float()
+    x = x / (x.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
