@@ -10,13 +10,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .consistency import make_consistent
-from .image_processor import InputImage, write_images
+from .image_processor import Batch, InputImage, write_images
 from .tiling import predict
 
-# Which networks and schedulers fit each other. The constructors ask, and each call, as a scheduler can be swapped.
+# What fits what. The constructors ask, and each call, as a component can be swapped.
+
+
+def encodes(unet: torch.nn.Module) -> bool:
+    """Whether a network has an encoder of its own, which sees the LR alone and gives the mean of the source."""
+    return hasattr(unet, "encode")
 
 
 def assumed_flow(unet: torch.nn.Module) -> dict | None:
@@ -32,30 +36,48 @@ def assumed_flow(unet: torch.nn.Module) -> dict | None:
     }
 
 
-def encodes(unet: torch.nn.Module) -> bool:
-    """Whether a network has an encoder of its own, which sees the LR alone and gives the mean of the source."""
-    return hasattr(unet, "encode")
+def check_task(pipe: DiffusionPipeline) -> None:
+    """Raises a ValueError for a network that upscales in a pipeline that generates, or the other way round."""
+    upscales = isinstance(pipe, SRPipelineMixin)
+    channels = getattr(pipe.unet.config, "lr_channels", 3 if upscales else None)
+    if upscales != (channels is not None):
+        wanted = "upscales: its network needs `lr_channels`" if upscales else "generates: `lr_channels` must be None"
+        raise ValueError(f"{type(pipe).__name__} {wanted}, got {channels}.")
 
 
-def check_flow(unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
-    """Raises a ValueError for a scheduler that does not draw the source of a flow, or not that of this network."""
+def check_flow(pipe: DiffusionPipeline) -> None:
+    """Raises a ValueError where network, scheduler and prior of a pipeline for flows do not fit each other."""
+    unet, scheduler, prior = pipe.unet, pipe.scheduler, getattr(pipe, "prior", None)
+    if unet is None or scheduler is None:  # loaded in parts
+        return
+    check_task(pipe)
     if not hasattr(scheduler, "sample_source"):
         raise ValueError(
             f"A flow needs a FlowMatchSREulerScheduler, which knows its source; got {type(scheduler).__name__}, "
             "which is for DDPMSRPipeline if it reverses a diffusion."
         )
-    wanted = assumed_flow(unet) or {}
+    wanted, source = assumed_flow(unet) or {}, scheduler.config.source
     wrong = [name for name, value in wanted.items() if scheduler.config[name] != value]
     if wrong:
         named = [", ".join(f"{name}={config[name]!r}" for name in wrong) for config in (wanted, scheduler.config)]
+        way_out = "" if encodes(unet) else ", or take a network with `precondition=False`"
         raise ValueError(
             f"The formulas of this {type(unet).__name__} hold for a flow with {named[0]}, got a scheduler with "
-            f"{named[1]}; change the scheduler, or take a network without them (`precondition=False`)."
+            f"{named[1]}; change the scheduler{way_out}."
         )
+    if source != "noise" and not isinstance(pipe, SRPipelineMixin):
+        raise ValueError(f"{type(pipe).__name__} starts from noise: it needs `source='noise'`, got {source!r}.")
+    if prior is not None and (source != "prior" or encodes(unet)):
+        start = "its network's own estimate" if encodes(unet) else repr(source)
+        raise ValueError(f"This pipeline has a `prior`, but its flow starts from {start}; leave `prior` out.")
 
 
-def check_diffusion(unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
+def check_diffusion(pipe: DiffusionPipeline) -> None:
     """Raises a ValueError for a scheduler that cannot reverse the diffusion that a network was trained on."""
+    unet, scheduler = pipe.unet, pipe.scheduler
+    if unet is None or scheduler is None:  # loaded in parts
+        return
+    check_task(pipe)
     name, config = type(scheduler).__name__, scheduler.config
     predicts = config.get("prediction_type")
     if (
@@ -81,8 +103,8 @@ def check_diffusion(unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
         )
     if assumed_flow(unet) is not None:
         raise ValueError(
-            f"The formulas of this {type(unet).__name__} hold for a flow, not for the diffusion of {name}; take a "
-            "network without them (`precondition=False`), or FlowMatchSRPipeline."
+            f"The formulas of this {type(unet).__name__} hold for a flow, not for the diffusion of {name}; take "
+            "FlowMatchSRPipeline, or a UNetSRModel with `precondition=False`."
         )
 
 
@@ -140,16 +162,6 @@ class PipelineMixin:
         """The data range of the checkpoint -> [-1, 1]."""
         low, high = getattr(self.config, "data_range", (-1, 1))
         return x if (low, high) == (-1, 1) else (x - low) / (high - low) * 2 - 1
-
-    def check_task(self) -> None:
-        """Raises a ValueError for a network that upscales in a pipeline that generates, or the other way round."""
-        upscales = isinstance(self, SRPipelineMixin)
-        channels = getattr(self.unet.config, "lr_channels", 3 if upscales else None)
-        if upscales != (channels is not None):
-            wanted = (
-                "upscales: its network needs `lr_channels`" if upscales else "generates: `lr_channels` must be None"
-            )
-            raise ValueError(f"{type(self).__name__} {wanted}, got {channels}.")
 
     def check_call(
         self,
@@ -212,7 +224,7 @@ class PipelineMixin:
             )
 
     def begin_batch(self) -> None:
-        """Forgets the images before: their evaluations, and what caches of diffusers hold of them."""
+        """Starts a batch: forgets the evaluations before, and what caches of diffusers hold of other images."""
         self.num_evaluations = 0
         if getattr(self.unet, "is_cache_enabled", False):
             self.unet._reset_stateful_cache()
@@ -265,14 +277,14 @@ class PipelineMixin:
             bar.update()
         return x_t
 
-    def check_finite(self, x_t: torch.Tensor) -> None:
-        """Raises a ValueError for a final state that holds NaN or infinity, before it becomes a black image."""
-        if not torch.isfinite(x_t).all():
-            dtype = str(self.unet.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"The network answered NaN or infinity: its weights are broken, or {dtype} is too coarse for them; "
-                "try pipe.to(torch.float32), or another checkpoint."
-            )
+
+def check_finite(x_t: torch.Tensor, unet: torch.nn.Module) -> None:
+    """Raises a ValueError for a final state that holds NaN or infinity, before it becomes a black image."""
+    if not torch.isfinite(x_t).all():
+        raise ValueError(
+            f"The network answered NaN or infinity: its weights are broken, or {unet.dtype} is too coarse for them; "
+            "try pipe.to(torch.float32), or another checkpoint."
+        )
 
 
 class SRPipelineMixin(PipelineMixin):
@@ -309,15 +321,24 @@ class SRPipelineMixin(PipelineMixin):
         """LR (`(n, c, h, w)`) on the grid of the HR by bicubic interpolation; `antialias` takes Pillow's cubic."""
         return F.interpolate(lr, scale_factor=float(self.scale_factor), mode="bicubic", antialias=antialias)
 
+    def decode(self, x_t: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        """The image in [-1, 1] that a final state means; `lr` as in `conditions`."""
+        return self.from_data_range(x_t)
+
     def write(
-        self, batch: list[InputImage], hr: torch.Tensor, lr: torch.Tensor, consistency: str | None, output_type: str
+        self, batch: Batch, x_t: torch.Tensor, lr: torch.Tensor, consistency: str | None, output_type: str
     ) -> list:
-        """The outputs of a batch in the kinds of its images, those of one image next to each other.
+        """The outputs of a batch, in the kinds of its images and those of one image next to each other.
 
         Args:
-            hr (`torch.Tensor` of shape `(outputs, 3, scale * h, scale * w)`), lr (`(outputs, 3, h, w)`): in [-1, 1].
+            x_t (`torch.Tensor` of shape `(outputs, 3, scale * h, scale * w)`): the final states.
+            lr (`torch.Tensor` of shape `(outputs, 3, h, w)`): as in `conditions`.
         """
+        check_finite(x_t, self.unet)
+        if output_type == "latent":
+            return list(x_t)
+        hr = self.decode(x_t, lr)
         if consistency is not None:
-            hr = make_consistent(hr, lr, self.scale_factor, consistency)
-        outputs = ((hr.float() + 1) / 2).split(len(hr) // len(batch))
-        return [output for image, each in zip(batch, outputs) for output in write_images(each, output_type, image)]
+            hr = make_consistent(hr, self.from_data_range(lr), self.scale_factor, consistency)
+        outputs = ((hr.float() + 1) / 2).split(len(hr) // len(batch.images))
+        return [made for image, each in zip(batch.images, outputs) for made in write_images(each, output_type, image)]

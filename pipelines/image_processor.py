@@ -129,17 +129,32 @@ def read_images(image: Any) -> list[InputImage]:
     return images
 
 
-def batches(images: list[InputImage], copies: int) -> list[list[InputImage]]:
+@dataclass
+class Batch:
+    """Input images of one size, and where they and their outputs stand among all of a call."""
+
+    images: list[InputImage]
+    inputs: slice
+    outputs: slice
+
+    def lr(self, device: torch.device) -> torch.Tensor:
+        """`(n, 3, h, w)`, float32 in [-1, 1]."""
+        return torch.cat([image.color for image in self.images]).to(device)
+
+
+def batches(images: list[InputImage], copies: int) -> list[Batch]:
     """Neighbours of one size, as many as their `copies` outputs each keep within `BATCH_PIXELS`; the order stays."""
-    found = []
+    groups = []
     for image in images:
         size = image.color.shape[-2:]
         room = BATCH_PIXELS // (size.numel() * copies)
-        if found and found[-1][0].color.shape[-2:] == size and len(found[-1]) < room:
-            found[-1].append(image)
+        if groups and groups[-1][0].color.shape[-2:] == size and len(groups[-1]) < room:
+            groups[-1].append(image)
         else:
-            found.append([image])
-    return found
+            groups.append([image])
+    ends = np.cumsum([0, *map(len, groups)]).tolist()
+    spans = zip(groups, ends, ends[1:])
+    return [Batch(group, slice(i, j), slice(i * copies, j * copies)) for group, i, j in spans]
 
 
 def write_images(pixels: torch.Tensor, output_type: str, image: InputImage | None = None) -> list:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -74,7 +75,8 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
             target=target, bicubic_coefficient=bicubic_coefficient, residual_std=residual_std, image_mean=image_mean,
             image_std=image_std, image_size=image_size,
         )  # fmt: skip
-        self.check_components()
+        check_diffusion(self)
+        check_encoder(unet, image_encoder, image_mean, image_std)
 
     @torch.no_grad()
     def __call__(
@@ -117,7 +119,7 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         images = read_images(image)
-        self.check_components()
+        check_diffusion(self)
         step_takes = inspect.signature(self.scheduler.step).parameters
         if eta != 0 and "eta" not in step_takes:
             raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} has none; leave it at 0.")
@@ -138,58 +140,36 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        batched = batches(images, num_images_per_prompt)
-
-        outputs, done = [], 0
+        batched, outputs = batches(images, num_images_per_prompt), []
         with self.progress_bar(total=len(batched) * self._num_timesteps) as bar:
             for batch in batched:
+                # 1. The LR, what the network sees beside the state, and the noise.
                 self.begin_batch()
                 self.scheduler.set_timesteps(num_inference_steps, device=device)  # some schedulers remember
-
-                # 1. The LR, what the network sees beside the state, and the noise.
-                lr = torch.cat([image.color for image in batch]).to(device)
-                inputs = slice(done, done + len(batch))
-                batch_slice = slice(*(end * num_images_per_prompt for end in (inputs.start, inputs.stop)))
-                done = inputs.stop
-                conditions = self.conditions(lr, None if prompt_embeds is None else prompt_embeds[inputs])
+                lr = batch.lr(device)
+                conditions = self.conditions(lr, None if prompt_embeds is None else prompt_embeds[batch.inputs])
                 conditions = repeat(conditions, num_images_per_prompt)
-                generators = generator[batch_slice] if isinstance(generator, list) else generator
+                generators = generator[batch.outputs] if isinstance(generator, list) else generator
                 if latents is None:
                     noise = self.prepare_source(lr, generators, num_images_per_prompt)
                 else:
-                    noise = latents[batch_slice].to(lr)
-                step_kwargs = {
-                    name: value for name, value in (("eta", eta), ("generator", generators)) if name in step_takes
-                }
+                    noise = latents[batch.outputs].to(lr)
 
                 # 2. Denoising.
-                def evaluate(x: torch.Tensor, timestep: torch.Tensor, conditions=conditions) -> torch.Tensor:
-                    return self.evaluate(x, timestep, conditions, tile)
-
+                evaluate = partial(self.evaluate, conditions=conditions, tile=tile)
+                step_kwargs = {"eta": eta, "generator": generators}
                 x_t = self.denoise(
                     evaluate, noise * self.scheduler.init_noise_sigma, self.scheduler.timesteps, bar,
-                    callback_on_step_end, callback_on_step_end_tensor_inputs, **step_kwargs,
+                    callback_on_step_end, callback_on_step_end_tensor_inputs,
+                    **{name: value for name, value in step_kwargs.items() if name in step_takes},
                 )  # fmt: skip
-                self.check_finite(x_t)
 
                 # 3. The image, its agreement with the LR, and back into the kind that came.
-                if output_type == "latent":
-                    outputs.extend(x_t)
-                else:
-                    hr = self.from_target(x_t, conditions["lr"])
-                    outputs += self.write(batch, hr, conditions["lr"], consistency, output_type)
+                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type)
 
-        outputs = stack_if_equal(outputs, output_type)
         self.maybe_free_model_hooks()
+        outputs = stack_if_equal(outputs, output_type)
         return ImagePipelineOutput(images=outputs) if return_dict else (outputs,)
-
-    def check_components(self) -> None:
-        """Raises a ValueError where network, scheduler and encoder do not fit each other."""
-        if self.unet is None or self.scheduler is None:  # a pipeline that is loaded in parts
-            return
-        self.check_task()
-        check_diffusion(self.unet, self.scheduler)
-        check_encoder(self.unet, self.image_encoder, self.config.image_mean, self.config.image_std)
 
     def conditions(self, lr: torch.Tensor, prompt_embeds: torch.Tensor | None = None) -> dict:
         """What the network is called with beside state and timestep.
@@ -226,9 +206,9 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
         """What is diffused of an image (`(n, c, scale * h, scale * w)` in [-1, 1]) with its LR (`(n, c, h, w)`)."""
         return (hr - self.upsample(lr)) / self.config.residual_std if self.config.target == "residual" else hr
 
-    def from_target(self, x: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-        """The image of which `to_target` is `x`."""
-        return self.upsample(lr) + self.config.residual_std * x if self.config.target == "residual" else x
+    def decode(self, x_t: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        """The image of which `to_target` is `x_t`."""
+        return self.upsample(lr) + self.config.residual_std * x_t if self.config.target == "residual" else x_t
 
     def upsample(self, lr: torch.Tensor) -> torch.Tensor:
         """The LR (`(n, c, h, w)`) by bicubic interpolation on the grid of the HR: what the residual is added to."""

@@ -6,6 +6,7 @@ This file and those it imports from beside it travel with a checkpoint, so that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .base import PipelineMixin, check_flow, check_whole
+from .base import PipelineMixin, check_finite, check_flow, check_whole
 from .conditioning import read_class_labels
 from .flow import FlowMixin, check_solver
 from .image_processor import stack_if_equal, write_images
@@ -46,7 +47,7 @@ class FlowMatchPipeline(SelfContainedMixin, FlowMixin, PipelineMixin, DiffusionP
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(sample_size=list(sample_size), data_range=list(data_range))
-        self.check_components()
+        check_flow(self)
 
     @torch.no_grad()
     def __call__(
@@ -85,7 +86,7 @@ class FlowMatchPipeline(SelfContainedMixin, FlowMixin, PipelineMixin, DiffusionP
         Raises:
             ValueError: for arguments that cannot be right, before any work.
         """
-        self.check_components()
+        check_flow(self)
         check_solver(solver, rtol, atol, callback_on_step_end)
         labelled = len(class_labels) if np.ndim(class_labels) else None
         count = batch_size if batch_size is not None else 1 if labelled is None else labelled
@@ -112,13 +113,12 @@ class FlowMatchPipeline(SelfContainedMixin, FlowMixin, PipelineMixin, DiffusionP
         # 2. Along the flow.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = num_inference_steps
-        conditions = self.conditions(labels)
         with self.progress_bar(total=num_inference_steps) as bar:
             x_t = self.follow_flow(
-                lambda x, timestep: self.evaluate(x, timestep, conditions), x_t, solver, rtol, atol, bar,
+                partial(self.evaluate, conditions=self.conditions(labels)), x_t, solver, rtol, atol, bar,
                 callback_on_step_end, callback_on_step_end_tensor_inputs,
             )  # fmt: skip
-        self.check_finite(x_t)
+        check_finite(x_t, self.unet)
 
         # 3. Images.
         if output_type == "latent":
@@ -128,18 +128,6 @@ class FlowMatchPipeline(SelfContainedMixin, FlowMixin, PipelineMixin, DiffusionP
             images = stack_if_equal(write_images((x_t - low).cpu() / (high - low), output_type), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def check_components(self) -> None:
-        """Raises a ValueError where network and scheduler do not fit each other or this task."""
-        if self.unet is None or self.scheduler is None:  # a pipeline that is loaded in parts
-            return
-        self.check_task()
-        check_flow(self.unet, self.scheduler)
-        if self.scheduler.config.source != "noise":
-            raise ValueError(
-                f"FlowMatchPipeline starts from noise: its scheduler needs `source='noise'`, got "
-                f"{self.scheduler.config.source!r}."
-            )
 
     def conditions(self, class_labels: torch.Tensor | None = None) -> dict:
         """What the network is called with beside state and timestep.

@@ -6,6 +6,7 @@ This file and those it imports from beside it travel with a checkpoint, so that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -59,7 +60,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, prior=prior)
         self.register_to_config(data_range=list(data_range))
-        self.check_components()
+        check_flow(self)
 
     @torch.no_grad()
     def __call__(
@@ -124,7 +125,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         images = read_images(image)
-        self.check_components()
+        check_flow(self)
         check_solver(solver, rtol, atol, callback_on_step_end)
         if not isinstance(fidelity, (int, float)) or not 0 <= fidelity <= 1:
             raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity!r}.")
@@ -147,59 +148,35 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.set_sigmas(num_inference_steps, sigmas, fidelity)
         self._num_timesteps = len(self.scheduler.timesteps)
-        batched = batches(images, num_images_per_prompt)
-
-        outputs, done = [], 0
+        batched, outputs = batches(images, num_images_per_prompt), []
         with self.progress_bar(total=len(batched) * self._num_timesteps) as bar:
             for batch in batched:
-                self.begin_batch()
-
                 # 1. The LR, what the network sees beside the state, and the source.
-                lr = torch.cat([image.color for image in batch]).to(device)
-                inputs = slice(done, done + len(batch))
-                batch_slice = slice(*(end * num_images_per_prompt for end in (inputs.start, inputs.stop)))
-                done = inputs.stop
+                self.begin_batch()
+                lr = batch.lr(device)
                 encoding = self.encode(lr, tile)
-                conditions = self.conditions(lr, None if labels is None else labels[inputs], encoding)
+                conditions = self.conditions(lr, None if labels is None else labels[batch.inputs], encoding)
                 conditions = repeat(conditions, num_images_per_prompt)
                 if latents is None:
                     prior_estimate = None if encoding is None else encoding.mean
-                    generators = generator[batch_slice] if isinstance(generator, list) else generator
+                    generators = generator[batch.outputs] if isinstance(generator, list) else generator
                     x_t = self.prepare_source(lr, generators, num_images_per_prompt, prior_estimate)
                 else:
-                    x_t = latents[batch_slice].to(lr)
+                    x_t = latents[batch.outputs].to(lr)
 
                 # 2. Along the flow.
-                def evaluate(x: torch.Tensor, timestep: torch.Tensor, conditions=conditions) -> torch.Tensor:
-                    return self.evaluate(x, timestep, conditions, tile)
-
+                evaluate = partial(self.evaluate, conditions=conditions, tile=tile)
                 x_t = self.follow_flow(
                     evaluate, x_t, solver, rtol, atol, bar, callback_on_step_end, callback_on_step_end_tensor_inputs,
                     jump=fidelity >= 1 / num_inference_steps,
                 )  # fmt: skip
-                self.check_finite(x_t)
 
                 # 3. Agreement with the LR, and back into the kind of image that came.
-                if output_type == "latent":
-                    outputs.extend(x_t)
-                else:
-                    hr, lr = self.from_data_range(x_t), self.from_data_range(conditions["lr"])
-                    outputs += self.write(batch, hr, lr, consistency, output_type)
+                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type)
 
-        outputs = stack_if_equal(outputs, output_type)
         self.maybe_free_model_hooks()
+        outputs = stack_if_equal(outputs, output_type)
         return ImagePipelineOutput(images=outputs) if return_dict else (outputs,)
-
-    def check_components(self) -> None:
-        """Raises a ValueError where network, scheduler and prior do not fit each other."""
-        if self.unet is None or self.scheduler is None:  # a pipeline that is loaded in parts
-            return
-        self.check_task()
-        check_flow(self.unet, self.scheduler)
-        source = self.scheduler.config.source
-        if self.prior is not None and (source != "prior" or encodes(self.unet)):
-            start = "its network's own estimate" if encodes(self.unet) else repr(source)
-            raise ValueError(f"This pipeline has a `prior`, but its flow starts from {start}; leave `prior` out.")
 
     def set_sigmas(self, num_inference_steps: int, sigmas: list[float] | None, fidelity: float) -> None:
         """Sets the grid of the scheduler: evenly from 1 to `fidelity`, whence the last step jumps to the image."""

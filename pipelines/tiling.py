@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ def evaluate(unet: torch.nn.Module, x_t: torch.Tensor, timestep: torch.Tensor, c
         return unet(x_t, timestep, **conditions, return_dict=False)[0][..., :height, :width]
 
 
-def encode(unet: torch.nn.Module, lr: torch.Tensor, tile: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(unet: torch.nn.Module, lr: torch.Tensor, tile: int | None = None) -> NamedTuple:
     """The encoding of an LR `(n, 3, h, w)` by a network that has an encoder, whole or in tiles: the same."""
     if tile is None or max(lr.shape[-2:]) <= tile:
         return unet.encode(lr)

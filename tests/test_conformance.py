@@ -518,6 +518,21 @@ def test_pipeline_cache(make):
     assert torch.equal(call(pipe), expected)
 
 
+@super_resolution
+def test_a_cache_holds_nothing_of_the_image_before(make):
+    pipe = make()
+    stages = r"(down|up)_(stages|blocks)\.\d+$"
+    pipe.unet.enable_cache(
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, cache_identifiers=(stages,))
+    )
+    images = [picture(0), picture(1)[..., :4], picture(2)]
+    options = {"num_inference_steps": 6}
+    together = call(pipe, 3, image=images, **options)
+    for number, image in enumerate(images):
+        alone = call(pipe, image=image, generator=seeded(number), **options)[0]
+        torch.testing.assert_close(together[number], alone, atol=1e-4, rtol=0)
+
+
 @every_pipeline
 def test_pipeline_cache_that_extrapolates(make):
     pipe, computed = make(), []

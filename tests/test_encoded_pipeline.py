@@ -142,6 +142,20 @@ def test_another_flow_is_refused(wrong):
         DDPMSRPipeline(pipe.unet, FlowMatchSREulerScheduler(**NOISE))
 
 
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_encoder_and_head_are_brought_back_from_the_disk(offload_type, tmp_path):
+    pipe, lr = make_pipe(), torch.rand(1, 3, 5, 7, generator=seeded())
+    expected = pipe(lr, 3, generator=seeded(), output_type="pt").images
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    pipe.enable_group_offload(
+        torch.device("cpu"), offload_type=offload_type, offload_to_disk_path=str(tmp_path), **blocks
+    )
+    for parameter in pipe.unet.parameters():
+        parameter.data.fill_(torch.nan)
+    for _ in range(2):
+        torch.testing.assert_close(pipe(lr, 3, generator=seeded(), output_type="pt").images, expected)
+
+
 def test_it_loads_where_flowsr_is_not_installed(tmp_path):
     pipe = make_pipe()
     pipe.save_pretrained(tmp_path / "folder")

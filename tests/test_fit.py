@@ -57,11 +57,11 @@ def test_a_diffusion_and_a_flow_do_not_take_each_others_parts():
 
 
 def test_a_generator_starts_from_noise_without_an_lr():
-    with pytest.raises(ValueError, match="needs `source='noise'`, got 'lr'"):
+    with pytest.raises(ValueError, match="it needs `source='noise'`, got 'lr'"):
         FlowMatchPipeline(make_generating_unet(), FlowMatchSREulerScheduler(source="lr"))
     pipe = FlowMatchPipeline(make_generating_unet(), FlowMatchSREulerScheduler(**NOISE))
     pipe.scheduler = FlowMatchSREulerScheduler(source="lr")
-    with pytest.raises(ValueError, match="needs `source='noise'`, got 'lr'"):
+    with pytest.raises(ValueError, match="it needs `source='noise'`, got 'lr'"):
         pipe()
     with pytest.raises(ValueError, match="FlowMatchPipeline generates: `lr_channels` must be None, got 3"):
         FlowMatchPipeline(make_unet(precondition=False), FlowMatchSREulerScheduler(**NOISE))
