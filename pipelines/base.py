@@ -38,7 +38,7 @@ def assumed_flow(unet: torch.nn.Module) -> dict | None:
 
 def check_task(pipe: DiffusionPipeline) -> None:
     """Raises a ValueError for a network that upscales in a pipeline that generates, or the other way round."""
-    upscales = isinstance(pipe, SRPipelineMixin)
+    upscales = pipe._upscales
     channels = getattr(pipe.unet.config, "lr_channels", 3 if upscales else None)
     if upscales != (channels is not None):
         wanted = "upscales: its network needs `lr_channels`" if upscales else "generates: `lr_channels` must be None"
@@ -65,7 +65,7 @@ def check_flow(pipe: DiffusionPipeline) -> None:
             f"The formulas of this {type(unet).__name__} hold for a flow with {named[0]}, got a scheduler with "
             f"{named[1]}; change the scheduler{way_out}."
         )
-    if source != "noise" and not isinstance(pipe, SRPipelineMixin):
+    if source != "noise" and not pipe._upscales:
         raise ValueError(f"{type(pipe).__name__} starts from noise: it needs `source='noise'`, got {source!r}.")
     if prior is not None and (source != "prior" or encodes(unet)):
         start = "its network's own estimate" if encodes(unet) else repr(source)
@@ -118,6 +118,7 @@ class PipelineMixin:
     """For a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
     _callback_tensor_inputs = ["latents"]
+    _upscales: bool = False  # remote code is loaded anew for each repository, so that `isinstance` would not tell
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
     _current_timestep: torch.Tensor | None = None
@@ -289,6 +290,8 @@ def check_finite(x_t: torch.Tensor, unet: torch.nn.Module) -> None:
 
 class SRPipelineMixin(PipelineMixin):
     """For the pipelines that upscale."""
+
+    _upscales = True
 
     @property
     def scale_factor(self) -> int:

@@ -133,7 +133,12 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             raise ValueError(
                 "Give `sigmas` or `fidelity`, not both: `fidelity` chooses the grid that `sigmas` replaces."
             )
-        if latents is None and self.scheduler.config.source == "prior" and not (self.prior or encodes(self.unet)):
+        if (
+            latents is None
+            and self.scheduler.config.source == "prior"
+            and self.prior is None
+            and not encodes(self.unet)
+        ):
             raise ValueError(
                 "This flow starts from a prior's estimate: load the pipeline with `prior=`, or pass that estimate and "
                 "noise as `latents`."
