@@ -55,7 +55,7 @@ from flowsr.objectives import (
     timesteps_for,
 )
 from flowsr.optimizers import OPTIMIZERS, make_optimizer
-from flowsr.pipelines.prior import estimate
+from flowsr.pipelines.conditioning import estimate
 from flowsr.pipelines.sharing import clear_errors
 from flowsr.publish import publish
 from flowsr.teacher import teacher_from
@@ -569,14 +569,8 @@ def main(arguments: list[str]) -> None:
 
 
 def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> None:
-    """Refuses what does not go together, before any work."""
-    unet, scheduler, name = pipe.unet.config, pipe.scheduler.config, type(pipe).__name__
-    if name == "FlowMatchPipeline" and upscales:
-        raise ValueError("FlowMatchPipeline generates without an LR picture: set `lr_channels: null` in `unet`.")
-    if name != "FlowMatchPipeline" and not upscales:
-        raise ValueError(f"{name} upscales: `unet` needs `lr_channels`, got None.")
-    if is_flow == (name == "DDPMSRPipeline"):
-        raise ValueError(f"{name} cannot be trained with {type(pipe.scheduler).__name__}; change `scheduler`.")
+    """Refuses settings of the training that do not go together or with the pipeline, before any work."""
+    scheduler, name = pipe.scheduler.config, type(pipe).__name__
     parts = getattr(pipe.unet, "trainable_parts", ("all",))
     if settings.train not in parts:
         raise ValueError(
@@ -592,12 +586,6 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         raise ValueError(f"`endpoint_loss` is for flows, not for {name}.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
-    path = (scheduler.get("source"), scheduler.get("path"))
-    if getattr(unet, "precondition", False) and path != ("lr", "linear"):
-        raise ValueError(
-            "`precondition: true` is made for flows with `source: lr` and `path: linear`, got "
-            f"{path[0]} and {path[1]}; set `precondition: false` in `unet`."
-        )
     if settings.overfit and settings.streaming:
         raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
 

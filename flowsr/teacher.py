@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowsr.pipelines.prior import estimate
+from flowsr.pipelines.conditioning import estimate
 
 Network = Callable[[torch.Tensor], torch.Tensor]  # (1, 3, h, w) in [0, 1] -> (1, 3, scale * h, scale * w)
 

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from flowsr.metrics import psnr_y, ssim_y
-from flowsr.pipelines.prior import estimate
 
 GRID_SIDE = 256  # HR pixels shown of each picture
 
@@ -69,9 +67,7 @@ def coupling_grid(pipe, pairs: list[Pair], steps: int) -> np.ndarray:
     for number, pair in enumerate(pairs):
         generator = torch.Generator(pipe.device).manual_seed(number)
         x = torch.from_numpy(pair.lr.copy()).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
-        lr_up = pipe.to_data_range(F.interpolate(x, scale_factor=float(scale), mode="bicubic", antialias=True))
-        start = pipe.to_data_range(estimate(pipe.prior, x, scale)) if pipe.prior is not None else None
-        source = pipe.from_data_range(pipe.scheduler.sample_source(lr_up, start, generator=generator))[0]
+        source = pipe.from_data_range(pipe.prepare_source(x, generator))[0]
         source = ((source + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
         nearest = pair.lr.repeat(scale, axis=0).repeat(scale, axis=1)
         rows.append([nearest, source, pair.upscaled(pipe, steps, seed=number), pair.hr])

@@ -168,6 +168,7 @@ class EncodedSRModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["SRBlock", "SRFiLMBlock"]
     _repeated_blocks = ["SRBlock", "SRFiLMBlock"]
     _skip_layerwise_casting_patterns = ["time_embedding", "conv_in", "conv_out"]
+    _group_offload_block_modules = ["encoder", "head"]  # each is called by itself: `encode` does not pass `forward`
     trainable_parts = ("encoder", "head")  # one after the other: the flow starts where the encoder ends
 
     @register_to_config

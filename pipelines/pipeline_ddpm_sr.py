@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_diffusion, check_inputs
-from .consistency import make_consistent
-from .context import check_context, check_encoder, context_tokens
-from .conventions import ConventionsMixin
-from .pictures import group_by_size, read_images, stack_if_equal, write_group
+from .base import SRPipelineMixin, check_diffusion
+from .conditioning import check_context, check_encoder, context_tokens, repeat
+from .image_processor import batches, read_images, stack_if_equal
 from .sharing import SelfContainedMixin
-from .tiles import predict
 
 
-class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
-    r"""Upscales pictures by reversing a diffusion (Ho et al. 2020; Saharia et al. 2021 for super-resolution).
+class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
+    r"""Upscales images by reversing a diffusion (Ho et al. 2020; Saharia et al. 2021 for super-resolution).
 
     Args:
         unet ([`ContextUNetSRModel`] or [`UNetSRModel`]): called as `unet(x_t, timestep, lr)`; sees the LR by
@@ -37,15 +34,15 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
             diffusion): give it `timestep_spacing="trailing"`, so that few steps too start at the last timestep, at
             pure noise; "leading", the default of several, does not (Lin et al. 2024, section 3.3).
         image_encoder ([`~transformers.PreTrainedModel`], *optional*): a vision transformer, such as DINOv2 or CLIP's,
-            that makes the context tokens of a network with `cross_attention_dim`, once for a whole picture.
-        target (`"residual"`, `"image"`): what is diffused: the picture less its bicubic upsampling, or the picture.
+            that makes the context tokens of a network with `cross_attention_dim`, once for a whole image.
+        target (`"residual"`, `"image"`): what is diffused: the image less its bicubic upsampling, or the image.
         bicubic_coefficient (`-0.5` or `-0.75`): the cubic of that upsampling: MATLAB's and Pillow's, or torch's and
             OpenCV's.
         residual_std (`float`): what a residual is divided by before it is diffused. That of photos has a standard
             deviation of about 0.09; brought to about 1, as schedules expect, its detail forms over the whole
             diffusion and not in the last few steps (Karras et al. 2022, section 5, on sigma_data).
         image_mean, image_std (`list[float]`, *optional*), image_size (`int`, *optional*): how `image_encoder` wants
-            its pictures (see [`context_tokens`]).
+            its images (see [`context_tokens`]).
 
     Raises:
         ValueError: for settings that do not fit each other, naming them.
@@ -53,7 +50,6 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "image_encoder->unet"
     _optional_components = ["image_encoder"]
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -74,18 +70,13 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
             raise ValueError(f"`bicubic_coefficient` must be -0.5 or -0.75, got {bicubic_coefficient}.")
         if not residual_std > 0 or (target == "image" and residual_std != 1):
             raise ValueError(f"`residual_std` must be positive, and 1 for the target 'image', got {residual_std}.")
-        check_encoder(unet, image_encoder, image_mean, image_std)
         self.register_modules(unet=unet, scheduler=scheduler, image_encoder=image_encoder)
         self.register_to_config(
             target=target, bicubic_coefficient=bicubic_coefficient, residual_std=residual_std, image_mean=image_mean,
             image_std=image_std, image_size=image_size,
         )  # fmt: skip
-        self.num_evaluations = 0
-
-    @property
-    def scale_factor(self) -> int:
-        """HR pixels per LR pixel, each way."""
-        return self.unet.config.scale_factor
+        check_diffusion(self)
+        check_encoder(unet, image_encoder, image_mean, image_std)
 
     @torch.no_grad()
     def __call__(
@@ -116,7 +107,7 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
                 callback_on_step_end_tensor_inputs: as for [`FlowMatchSRPipeline`].
             latents (`torch.Tensor` of shape `(outputs, c, scale * h, scale * w)`, *optional*): standard normal
                 noise to start from instead of a draw.
-            prompt_embeds (`torch.Tensor` of shape `(pictures, tokens, cross_attention_dim)`, *optional*): context
+            prompt_embeds (`torch.Tensor` of shape `(images, tokens, cross_attention_dim)`, *optional*): context
                 tokens, of a caption for instance, instead of those of `image_encoder`.
             output_type: "pil", "np", "pt", or "latent": the final state, which for the target "residual" is that
                 over `residual_std`.
@@ -127,84 +118,104 @@ class DDPMSRPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
         Raises:
             ValueError, TypeError: for input that cannot be right, before any work.
         """
-        pictures = read_images(image)
-        check_diffusion(self.scheduler, self.unet, num_inference_steps)
-        takes = inspect.signature(self.scheduler.step).parameters
-        if eta != 0 and "eta" not in takes:
+        images = read_images(image)
+        check_diffusion(self)
+        step_takes = inspect.signature(self.scheduler.step).parameters
+        if eta != 0 and "eta" not in step_takes:
             raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} has none; leave it at 0.")
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
-        check_inputs(
-            self, pictures, num_inference_steps, consistency, guidance_scale, num_images_per_prompt, generator,
-            latents, tile, output_type, callback_on_step_end_tensor_inputs,
+        self.check_inputs(
+            images, consistency, num_images_per_prompt, tile, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, generator=generator, latents=latents, output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        check_context(self.unet, self.image_encoder, prompt_embeds, sum(len(picture.color) for picture in pictures))
+        if num_inference_steps > self.scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps` must not exceed the {self.scheduler.config.num_train_timesteps} steps of the "
+                f"diffusion, got {num_inference_steps}."
+            )
+        check_context(self.unet, self.image_encoder, prompt_embeds, len(images))
+        device = self._execution_device
         self._guidance_scale, self._interrupt = guidance_scale, False
-        groups = group_by_size(pictures)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        self._num_timesteps = self.num_evaluations = len(self.scheduler.timesteps)
-
-        images, done = [], 0
-        with self.progress_bar(total=len(groups) * self._num_timesteps) as bar:
-            for group in groups:
-                # 1. The LR, its context, and the noise picture by picture. Some schedulers remember: each group starts
-                # anew.
-                self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-                lr = torch.cat([picture.color for picture in group]).to(self._execution_device)
-                if prompt_embeds is None:
-                    context = self.encode_image(lr)
-                else:
-                    context = prompt_embeds[done // num_images_per_prompt :][: len(lr)].to(lr)
-                conditions = {}
-                if context is not None:
-                    conditions["encoder_hidden_states"] = context.repeat_interleave(num_images_per_prompt, dim=0)
-                lr = lr.repeat_interleave(num_images_per_prompt, dim=0)
-                lr_up = self.upsample(lr)
-                mine = slice(done, done + len(lr))
-                done += len(lr)
-                draws = generator[mine] if isinstance(generator, list) else generator
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        batched, outputs = batches(images, num_images_per_prompt), []
+        with self.progress_bar(total=len(batched) * self._num_timesteps) as bar:
+            for batch in batched:
+                # 1. The LR, what the network sees beside the state, and the noise.
+                self.begin_batch()
+                self.scheduler.set_timesteps(num_inference_steps, device=device)  # some schedulers remember
+                lr = batch.lr(device)
+                conditions = self.conditions(lr, None if prompt_embeds is None else prompt_embeds[batch.inputs])
+                conditions = repeat(conditions, num_images_per_prompt)
+                generators = generator[batch.outputs] if isinstance(generator, list) else generator
                 if latents is None:
-                    each = draws if isinstance(draws, list) else [draws] * len(lr)
-                    noise = [randn_tensor((1, *lr_up.shape[1:]), generator=g, device=lr.device) for g in each]
-                    x_t = torch.cat(noise) * self.scheduler.init_noise_sigma
+                    noise = self.prepare_source(lr, generators, num_images_per_prompt)
                 else:
-                    x_t = latents[mine].to(lr) * self.scheduler.init_noise_sigma
-                options = {"eta": eta} if "eta" in takes else {}
-                options |= {"generator": draws} if "generator" in takes else {}
+                    noise = latents[batch.outputs].to(lr)
 
                 # 2. Denoising.
-                for step, timestep in enumerate(self.scheduler.timesteps):
-                    if self.interrupt:
-                        break
-                    self._current_timestep = timestep
-                    state = self.scheduler.scale_model_input(x_t, timestep)
-                    prediction = predict(self.unet, state, timestep, lr, tile, self.guidance_scale, conditions)
-                    x_t = self.scheduler.step(prediction, timestep, x_t, **options, return_dict=False)[0]
-                    if callback_on_step_end is not None:
-                        asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
-                        x_t = callback_on_step_end(self, step, timestep, asked).pop("latents", x_t)
-                    bar.update()
+                evaluate = partial(self.evaluate, conditions=conditions, tile=tile)
+                step_kwargs = {"eta": eta, "generator": generators}
+                x_t = self.denoise(
+                    evaluate, noise * self.scheduler.init_noise_sigma, self.scheduler.timesteps, bar,
+                    callback_on_step_end, callback_on_step_end_tensor_inputs,
+                    **{name: value for name, value in step_kwargs.items() if name in step_takes},
+                )  # fmt: skip
 
-                # 3. The picture, its agreement with the LR, and back into the kind that came.
-                if output_type == "latent":
-                    images.extend(x_t)
-                    continue
-                hr = lr_up + self.config.residual_std * x_t if self.config.target == "residual" else x_t
-                if consistency is not None:
-                    hr = make_consistent(hr, lr, self.scale_factor, consistency)
-                images += write_group(group, hr, num_images_per_prompt, output_type)
+                # 3. The image, its agreement with the LR, and back into the kind that came.
+                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type)
 
-        images = stack_if_equal(images, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        outputs = stack_if_equal(outputs, output_type)
+        return ImagePipelineOutput(images=outputs) if return_dict else (outputs,)
+
+    def conditions(self, lr: torch.Tensor, prompt_embeds: torch.Tensor | None = None) -> dict:
+        """What the network is called with beside state and timestep.
+
+        Args:
+            lr (`torch.Tensor` of shape `(n, 3, h, w)`, in [-1, 1]).
+            prompt_embeds (`torch.Tensor` of shape `(n, tokens, cross_attention_dim)`, *optional*): instead of the
+                tokens of `image_encoder`.
+        """
+        context = self.encode_image(lr) if prompt_embeds is None else prompt_embeds.to(lr)
+        return {"lr": lr} if context is None else {"lr": lr, "encoder_hidden_states": context}
+
+    def prepare_source(
+        self,
+        lr: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+    ) -> torch.Tensor:
+        """Draws the standard normal noise of a diffusion, output by output.
+
+        Args:
+            lr (`torch.Tensor` of shape `(n, 3, h, w)`).
+            generator: also a list of one per output.
+
+        Returns:
+            `torch.Tensor` of shape `(n * num_images_per_prompt, c, scale * h, scale * w)`.
+        """
+        sides = (side * self.scale_factor for side in lr.shape[-2:])
+        one, count = (1, self.unet.config.in_channels, *sides), len(lr) * num_images_per_prompt
+        each = generator if isinstance(generator, list) else [generator] * count
+        return torch.cat([randn_tensor(one, generator=g, device=lr.device, dtype=lr.dtype) for g in each])
+
+    def to_target(self, hr: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        """What is diffused of an image (`(n, c, scale * h, scale * w)` in [-1, 1]) with its LR (`(n, c, h, w)`)."""
+        return (hr - self.upsample(lr)) / self.config.residual_std if self.config.target == "residual" else hr
+
+    def decode(self, x_t: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        """The image of which `to_target` is `x_t`."""
+        return self.upsample(lr) + self.config.residual_std * x_t if self.config.target == "residual" else x_t
 
     def upsample(self, lr: torch.Tensor) -> torch.Tensor:
         """The LR (`(n, c, h, w)`) by bicubic interpolation on the grid of the HR: what the residual is added to."""
-        antialias = self.config.bicubic_coefficient == -0.5  # with it torch takes Pillow's cubic
-        return F.interpolate(lr, scale_factor=float(self.scale_factor), mode="bicubic", antialias=antialias)
+        return super().upsample(lr, antialias=self.config.bicubic_coefficient == -0.5)
 
     def encode_image(self, lr: torch.Tensor) -> torch.Tensor | None:
-        """Context tokens of pictures (`(n, 3, h, w)` in [-1, 1]); `None` without an encoder."""
+        """Context tokens of images (`(n, 3, h, w)` in [-1, 1]); `None` without an encoder."""
         if self.image_encoder is None:
             return None
         config = self.config

@@ -1,4 +1,4 @@
-"""Pictures from noise by flow matching, optionally of a class.
+"""Images from noise by flow matching, optionally of a class.
 
 This file and those it imports from beside it travel with a checkpoint, so that it loads without flowsr installed.
 """
@@ -6,33 +6,36 @@ This file and those it imports from beside it travel with a checkpoint, so that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import check_callback_inputs, check_flow, check_guidance, read_class_labels
-from .conventions import ConventionsMixin, cache_context
+from .base import PipelineMixin, check_finite, check_flow, check_whole
+from .conditioning import read_class_labels
+from .flow import FlowMixin, check_solver
+from .image_processor import stack_if_equal, write_images
 from .sharing import SelfContainedMixin
-from .solvers import SMALLEST_SIGMA, check_solver, integrate
 
 
-class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline):
-    r"""Generates pictures along a learned flow from noise (Lipman et al. 2023; Liu et al. 2022, rectified flow).
+class FlowMatchPipeline(SelfContainedMixin, FlowMixin, PipelineMixin, DiffusionPipeline):
+    r"""Generates images along a learned flow from noise (Lipman et al. 2023; Liu et al. 2022, rectified flow).
 
     Args:
         unet ([`UNetSRModel`] with `lr_channels=None`): called as `unet(x_t, timestep, class_labels=...)`.
         scheduler ([`FlowMatchSREulerScheduler`] with `source="noise"`).
         sample_size (`list[int]`): height and width that the network was trained for, in pixels.
         data_range (`list[float]`): black and white as network and flow see them.
+
+    Raises:
+        ValueError: where network and scheduler do not fit each other.
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -44,12 +47,12 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(sample_size=list(sample_size), data_range=list(data_range))
-        self.num_evaluations = 0
+        check_flow(self)
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
         num_inference_steps: int = 20,
         solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler",
@@ -63,10 +66,10 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> ImagePipelineOutput | tuple:
-        """Generates `batch_size` pictures, or one per class label.
+        """Generates `batch_size` images, or one per class label.
 
         Args:
-            batch_size (`int`): number of pictures, where `class_labels` does not number them.
+            batch_size (`int`, *optional*): number of images; by default that of `class_labels`, or 1.
             class_labels (`int`, list or tensor of these, *optional*): 0..num_class_embeds - 1; without, a network that
                 knows classes generates of no class.
             num_inference_steps (`int`): steps of the fixed-step solvers.
@@ -74,8 +77,8 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
                 many as `rtol` and `atol` need. `num_evaluations` holds the number afterwards.
             guidance_scale (`float`): classifier-free guidance (Ho and Salimans 2022, eq. 6, as 1 + w), for a network
                 trained with `condition_dropout`.
-            generator: of the noise, also a list of one per picture.
-            latents (`torch.Tensor` of shape `(pictures, c, h, w)`, *optional*): the source to start from.
+            generator: of the noise, also a list of one per image.
+            latents (`torch.Tensor` of shape `(images, c, h, w)`, *optional*): the source to start from.
             output_type: "pil"; "np" `(n, h, w, c)` or "pt" `(n, c, h, w)` in [0, 1]; "latent", the state as it ends.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})` after each step of "euler"; may return
                 new latents. `pipe._interrupt = True` within it stops there.
@@ -83,72 +86,64 @@ class FlowMatchPipeline(SelfContainedMixin, ConventionsMixin, DiffusionPipeline)
         Raises:
             ValueError: for arguments that cannot be right, before any work.
         """
-        check_flow(self.scheduler)
-        config = self.unet.config
-        count = len(class_labels) if np.ndim(class_labels) else batch_size
-        if count < 1 or num_inference_steps < 1:
-            raise ValueError(f"Nothing to do: {count} pictures in {num_inference_steps} steps.")
-        given = read_class_labels(self.unet, class_labels, count, self._execution_device)
+        check_flow(self)
+        check_solver(solver, rtol, atol, callback_on_step_end)
+        labelled = len(class_labels) if np.ndim(class_labels) else None
+        count = batch_size if batch_size is not None else 1 if labelled is None else labelled
+        if labelled == 0:
+            raise ValueError("Nothing to do: `class_labels` is empty.")
+        check_whole("batch_size", count)
+        labels = read_class_labels(self.unet, class_labels, count, self._execution_device)
         if guidance_scale != 1 and class_labels is None:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no class to be guided to.")
-        check_guidance(self.unet, guidance_scale)
-        check_solver(solver, callback_on_step_end)
-        check_callback_inputs(self, callback_on_step_end_tensor_inputs)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        shape = (count, config.in_channels, *self.config.sample_size)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        self.check_call(
+            count, {tuple(self.config.sample_size)}, num_inference_steps, guidance_scale, generator, latents,
+            output_type, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
 
         # 1. The source.
         device = self._execution_device
         self._guidance_scale, self._interrupt = guidance_scale, False
+        self.begin_batch()
         if latents is None:
-            x_t = self.scheduler.sample_source(torch.zeros(shape, device=device), generator=generator)
+            x_t = self.prepare_source(count, generator)
         else:
             x_t = latents.to(device, torch.float32)
-        none = None if given is None else torch.full_like(given, config.num_class_embeds)
 
         # 2. Along the flow.
-        def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            self._current_timestep = timestep
-            with cache_context(self.unet):
-                prediction = self.unet(x, timestep, class_labels=given, return_dict=False)[0]
-            if self.guidance_scale != 1:
-                without = self.unet(x, timestep, class_labels=none, return_dict=False)[0]
-                prediction = without + self.guidance_scale * (prediction - without)
-            return prediction
-
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = num_inference_steps
-        if solver == "euler":
-            for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-                if self.interrupt:
-                    break
-                x_t = self.scheduler.step(predict(x_t, timestep), timestep, x_t, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    asked = {"latents": x_t} if callback_on_step_end_tensor_inputs else {}
-                    x_t = callback_on_step_end(self, step, timestep, asked).pop("latents", x_t)
-            self.num_evaluations = num_inference_steps
+        with self.progress_bar(total=num_inference_steps) as bar:
+            x_t = self.follow_flow(
+                partial(self.evaluate, conditions=self.conditions(labels)), x_t, solver, rtol, atol, bar,
+                callback_on_step_end, callback_on_step_end_tensor_inputs,
+            )  # fmt: skip
+        check_finite(x_t, self.unet)
+
+        # 3. Images.
+        if output_type == "latent":
+            images = x_t
         else:
-
-            def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-                if self.scheduler.config.prediction_type == "sample":
-                    sigma = sigma.clamp(min=SMALLEST_SIGMA)
-                timestep = sigma * self.scheduler.config.num_train_timesteps
-                return self.scheduler.predict_velocity(predict(x, timestep), x, timestep)
-
-            x_t, self.num_evaluations = integrate(velocity, x_t, self.scheduler.sigmas, solver, rtol, atol)
-
-        # 3. Pictures.
-        images = x_t
-        if output_type != "latent":
             low, high = self.config.data_range
-            images = ((x_t - low) / (high - low)).clamp(0, 1).cpu()
-        if output_type in ("np", "pil"):
-            images = images.permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            levels = (images * 255).round().astype(np.uint8)
-            images = [PIL.Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in levels]
+            images = stack_if_equal(write_images((x_t - low).cpu() / (high - low), output_type), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def conditions(self, class_labels: torch.Tensor | None = None) -> dict:
+        """What the network is called with beside state and timestep.
+
+        Args:
+            class_labels (`torch.LongTensor` of shape `(n,)`, *optional*): in 0..num_class_embeds, the last meaning
+                "no class".
+        """
+        return {} if class_labels is None else {"class_labels": class_labels}
+
+    def prepare_source(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample_size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Draws where the flow starts: `(batch_size, c, *sample_size)`, by default of the size in the config."""
+        shape = (batch_size, self.unet.config.in_channels, *(sample_size or self.config.sample_size))
+        return self.scheduler.sample_source(torch.zeros(shape, device=self._execution_device), generator=generator)

@@ -249,6 +249,10 @@ class FlowMatchSREulerScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, hr
         return FlowMatchSREulerSchedulerOutput(prev_sample=prev_sample, pred_original_sample=hr)
 
+    def shifted(self, sigma: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+        """The noise level of which the network is told at `sigma`, by `evaluate_shift`."""
+        return self.config.evaluate_shift * sigma / (1 + (self.config.evaluate_shift - 1) * sigma)
+
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """Position of `timestep` in `timesteps`."""
         timestep = float(timestep)
@@ -267,7 +271,7 @@ class FlowMatchSREulerScheduler(SchedulerMixin, ConfigMixin):
     def _set_grid(self, sigmas: np.ndarray, device: str | torch.device | None) -> None:
         edges = np.append(sigmas, 0.0)
         seen = edges[:-1] if self.config.evaluate_at == "start" else (edges[:-1] + edges[1:]) / 2
-        seen = self.config.evaluate_shift * seen / (1 + (self.config.evaluate_shift - 1) * seen)
+        seen = self.shifted(seen)
         self.sigmas = torch.tensor(edges, dtype=torch.float32)  # on the CPU: read as numbers, step by step
         self.timesteps = torch.tensor(seen * self.config.num_train_timesteps, dtype=torch.float32, device=device)
 

@@ -481,9 +481,12 @@ def test_pipeline_from_pipe_shares_its_components(make):
 
 
 def test_from_pipe_between_classes_and_with_replacements():
-    ddpm = DDPMSRPipeline.from_pipe(make_flow(), scheduler=DDIMScheduler())
+    flow = FlowMatchSRPipeline(make_unet(**EVERYTHING, precondition=False), FlowMatchSREulerScheduler())
+    ddpm = DDPMSRPipeline.from_pipe(flow, scheduler=DDIMScheduler())
     assert isinstance(ddpm.unet, UNetSRModel)
     assert call(ddpm).shape == (1, 3, 16, 24)
+    with pytest.raises(ValueError, match="formulas of this UNetSRModel hold for a flow, not for the diffusion"):
+        DDPMSRPipeline.from_pipe(make_flow(), scheduler=DDIMScheduler())
 
 
 @every_pipeline
@@ -513,6 +516,21 @@ def test_pipeline_cache(make):
         call(pipe, **refused)
     pipe.unet.disable_cache()
     assert torch.equal(call(pipe), expected)
+
+
+@super_resolution
+def test_a_cache_holds_nothing_of_the_image_before(make):
+    pipe = make()
+    stages = r"(down|up)_(stages|blocks)\.\d+$"
+    pipe.unet.enable_cache(
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, cache_identifiers=(stages,))
+    )
+    images = [picture(0), picture(1)[..., :4], picture(2)]
+    options = {"num_inference_steps": 6}
+    together = call(pipe, 3, image=images, **options)
+    for number, image in enumerate(images):
+        alone = call(pipe, image=image, generator=seeded(number), **options)[0]
+        torch.testing.assert_close(together[number], alone, atol=1e-4, rtol=0)
 
 
 @every_pipeline

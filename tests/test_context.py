@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
 from flowsr import ContextUNetSRModel, DDPMSRPipeline
-from flowsr.pipelines.context import context_tokens
+from flowsr.pipelines.conditioning import context_tokens
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 TINY = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}

@@ -107,6 +107,26 @@ def test_what_cannot_be_generated_is_refused():
         pipe(guidance_scale=2.0)
     with pytest.raises(ValueError, match="without condition dropout"):
         make_pipe(GaussianFlow(condition_dropout=0.0))(class_labels=1, guidance_scale=2.0)
+    cases = {
+        "`num_inference_steps` must be a whole number from 1, got 2.5": {"num_inference_steps": 2.5},
+        "`batch_size` must be a whole number from 1, got 1.5": {"batch_size": 1.5},
+        "one label per image, got 2 for 3": {"batch_size": 3, "class_labels": [0, 1]},
+        "`guidance_scale` must be a finite number": {"class_labels": 1, "guidance_scale": float("nan")},
+        "`generator` must be a torch.Generator": {"generator": 0},
+        "`latents` hold NaN": {"latents": torch.full((1, 3, 6, 5), torch.nan)},
+        "`rtol` must be a positive number": {"solver": "dopri5", "rtol": 0},
+        "`callback_on_step_end` must return a dict": {"callback_on_step_end": lambda *_: None},
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(ValueError, match=message):
+            pipe(**arguments)
+    half = make_unet(lr_channels=None, precondition=False, patch_size=1, scale_factor=1).to(torch.float16)
+    with pytest.raises(ValueError, match="bfloat16"):
+        make_pipe(half)()
+    broken = make_unet(lr_channels=None, precondition=False, patch_size=1, scale_factor=1)
+    broken.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        make_pipe(broken)()
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="needs a FlowMatchSREulerScheduler.* got DDIMScheduler"):
         pipe(class_labels=1)

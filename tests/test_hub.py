@@ -82,7 +82,7 @@ def with_other_code(files: dict[str, bytes]) -> dict[str, bytes]:
     old = index["_class_name"][0]
     new = index["_class_name"][0] = old[:-8] + "0" * 8
     code = files.pop(f"{old}.py").decode()
-    code += "\n\nbefore = write_group\n\n\ndef write_group(*given):\n    return [1 - x for x in before(*given)]\n"
+    code += "\n\nbefore = write_images\n\n\ndef write_images(*given):\n    return [1 - x for x in before(*given)]\n"
     return {**files, f"{new}.py": code.encode(), "model_index.json": json.dumps(index).encode()}
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from conftest import make_pipeline, random_picture, run_without_flowsr, smooth_picture
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
+from flowsr.cli import main
+from flowsr.pipelines import image_processor
 from flowsr.pipelines.consistency import downscale
 
 
@@ -282,7 +284,7 @@ BAD_ARGUMENTS = {
     "fidelity": (1.5, r"\[0, 1\]"),
     "consistency": ("hard", "'exact', 'soft' or None"),
     "guidance_scale": (2.0, "condition dropout"),
-    "num_images_per_prompt": (0, "at least 1"),
+    "num_images_per_prompt": (0, "whole number from 1"),
     "tile": (0, "LR pixels"),
     "output_type": ("jpeg", "output_type"),
     "generator": ([torch.Generator()] * 2, "one generator per output"),
@@ -290,6 +292,75 @@ BAD_ARGUMENTS = {
     "callback_on_step_end_tensor_inputs": (["noise"], "latents"),
     "sigmas": ([0.5, 1.0], "fall strictly"),
 }
+
+
+MORE_BAD_ARGUMENTS = [  # more than one for a name
+    ("num_inference_steps", True, "whole number from 1, got True"),
+    ("num_inference_steps", 2.5, "whole number from 1, got 2.5"),
+    ("fidelity", None, r"\[0, 1\].*got None"),
+    ("guidance_scale", float("nan"), "finite number, got nan"),
+    ("generator", 0, r"torch.Generator.*got 0; a seed becomes one by `torch.Generator\(\).manual_seed"),
+    ("generator", [0], "torch.Generator"),
+    ("latents", torch.full((1, 3, 20, 24), torch.nan), "NaN"),
+    ("rtol", 0, "`rtol` must be a positive number.*got 0"),
+    ("atol", -1, "`atol` must be a positive number.*got -1"),
+    ("tile", True, "whole number from 1, got True"),
+    ("num_images_per_prompt", 1.5, "whole number from 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), MORE_BAD_ARGUMENTS)
+def test_what_looks_like_an_argument_but_is_none_is_refused(pipe, name, value, message):
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match=message):
+        pipe(random_picture(6, 5), **{name: value})
+    handle.remove()
+    assert len(pipe(random_picture(6, 5), np.int64(2)).images) == 1
+
+
+def test_a_callback_that_returns_nothing_is_named(pipe):
+    with pytest.raises(ValueError, match="`callback_on_step_end` must return a dict.* got None"):
+        pipe(random_picture(6, 5), callback_on_step_end=lambda *_: None)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "dopri5"])
+def test_nan_is_refused_and_not_painted_black(pipe, solver):
+    pipe.unet.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="answer.* NaN"):
+        pipe(random_picture(6, 5), solver=solver)
+
+
+def test_the_command_line_fails_where_the_weights_are_broken(pipe, tmp_path, capsys):
+    pipe.unet.conv_out.bias.data.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path / "folder")
+    random_picture(6, 5).save(tmp_path / "a.png")
+    arguments = ["upscale", tmp_path / "a.png", "-o", tmp_path / "out", "--checkpoint", tmp_path / "folder"]
+    assert main([str(argument) for argument in arguments]) == 1
+    assert "NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out/a.png").exists()
+
+
+def test_batches_are_of_neighbours_of_one_size_and_of_bounded_memory(pipe, monkeypatch):
+    sizes, pictures = [(6, 5), (6, 5), (7, 5), (6, 5), (6, 5), (6, 5)], []
+    for number, size in enumerate(sizes):
+        pictures.append(random_picture(*size, seed=number))
+    seen = []
+    handle = pipe.unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    together = pipe(pictures, 1, generator=seeded(), output_type="pt").images
+    assert seen == [2, 1, 3]  # one of another size is alone, and no other is
+    monkeypatch.setattr(image_processor, "BATCH_PIXELS", 2 * 6 * 5 + 1)
+    bounded = pipe(pictures, 1, generator=seeded(), output_type="pt").images
+    assert seen[3:] == [2, 1, 2, 1]
+    pipe(np.stack([np.asarray(picture) for picture in pictures[3:]]), 1)  # in one array too
+    assert seen[7:] == [2, 1]
+    pipe(pictures[:2], 1, num_images_per_prompt=2)
+    assert seen[9:] == [2, 2]
+    handle.remove()
+    shared = seeded()  # one generator gives each its noise in turn, whatever the batches
+    for number, picture in enumerate(pictures):
+        alone = pipe(picture, 1, generator=shared, output_type="pt").images[0]
+        torch.testing.assert_close(together[number], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(bounded[number], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)

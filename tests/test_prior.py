@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
-from flowsr.pipelines.prior import estimate
+from flowsr.pipelines.conditioning import estimate
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -28,8 +28,9 @@ def make_swin2sr(upscale: int = 4) -> Swin2SRForImageSuperResolution:
     return Swin2SRForImageSuperResolution(config).eval()
 
 
-def make_pmrf(**config) -> FlowMatchSRPipeline:
-    pipe = FlowMatchSRPipeline(make_unet(**config), FlowMatchSREulerScheduler(source="prior"), prior=make_swin2sr())
+def make_pmrf() -> FlowMatchSRPipeline:
+    scheduler = FlowMatchSREulerScheduler(source="prior")
+    pipe = FlowMatchSRPipeline(make_unet(precondition=False), scheduler, prior=make_swin2sr())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -99,11 +100,11 @@ def test_tiles_give_the_whole_picture_also_with_a_prior():
 def test_a_prior_and_its_flow_belong_together():
     picture = random_picture(4, 4)
     with pytest.raises(ValueError, match="load the pipeline with `prior=`"):
-        make_pipeline({"source": "prior"})(picture)
+        make_pipeline({"source": "prior"}, precondition=False)(picture)
     with pytest.raises(ValueError, match="flow starts from 'lr'"):
         FlowMatchSRPipeline(make_unet(), FlowMatchSREulerScheduler(), prior=Nearest())(picture)
     start = torch.zeros(1, 3, 16, 16)
-    assert make_pipeline({"source": "prior"})(picture, latents=start).images[0].size == (16, 16)
+    assert make_pipeline({"source": "prior"}, precondition=False)(picture, latents=start).images[0].size == (16, 16)
 
 
 def test_optional_in_saved_pipelines_and_replaceable(tmp_path):

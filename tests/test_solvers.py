@@ -1,13 +1,15 @@
 """Solvers against a flow with a known solution, and the pipelines that use them."""
 
+import io
 import math
+import re
 
 import pytest
 import torch
 from conftest import make_pipeline, make_unet, random_picture
 
 from flowsr import FlowMatchPipeline, FlowMatchSREulerScheduler
-from flowsr.pipelines.solvers import integrate
+from flowsr.pipelines.flow import integrate
 
 ORDERS = {"midpoint": 2, "heun": 2, "rk4": 4}
 
@@ -56,6 +58,26 @@ def test_super_resolution_approaches_many_euler_steps(solver):
         faithful = pipe(picture, steps, fidelity=1.0, solver=solver, generator=seeded(), **options).images
         assert pipe.num_evaluations == 1
         assert torch.equal(faithful, pipe(picture, steps, fidelity=1.0, generator=seeded(), **options).images)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.5])
+def test_every_solver_tells_the_network_of_the_shifted_noise_level(shift):
+    pipe, times = make_pipeline({"evaluate_shift": shift}), []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: times.append(float(inputs[1])))
+    pipe(random_picture(6, 5), 2, solver="midpoint")
+    expected = [1000 * shift * s / (1 + (shift - 1) * s) for s in (1.0, 0.75, 0.5, 0.25)]
+    assert times == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", *ORDERS, "dopri5"])
+@pytest.mark.parametrize("fidelity", [0.0, 0.5])
+def test_the_bar_moves_with_the_steps_of_every_solver(solver, fidelity):
+    pipe, out = make_pipeline(block_out_channels=(4,)), io.StringIO()
+    pipe.set_progress_bar_config(file=out, mininterval=0, miniters=1)
+    pipe(random_picture(6, 5), 4, solver=solver, fidelity=fidelity)
+    positions = [int(number) for number in re.findall(r"(\d+)/4 ", out.getvalue())]
+    assert positions == sorted(positions)
+    assert set(positions) >= ({0, 4} if solver == "dopri5" else {0, 1, 2, 3, 4})
 
 
 def make_generator(classes: int | None = 3, **kwargs) -> FlowMatchPipeline:

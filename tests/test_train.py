@@ -395,6 +395,9 @@ def test_condition_dropout_is_trained_and_recorded(train_script, photo_folder, t
     assert UNetSRModel.from_pretrained(tmp_path / "run/unet").config.condition_dropout == 0.5
 
 
+DIFFUSION = ["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--unet", '{"precondition": false}']
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -409,9 +412,11 @@ def test_condition_dropout_is_trained_and_recorded(train_script, photo_folder, t
         (["--unet", '{"widths": [8]}'], "unknown settings ['widths']"),
         (["--unet", '{"_class_name": "VGG"}'], "has a class 'VGG'"),
         (["--unet", "{"], "`unet` is not JSON"),
-        (["--scheduler", '{"path": "vp"}'], "set `precondition: false`"),
-        (["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--colour_weight", "1"], "are for flows that upscale"),
-        (["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--endpoint_loss", "mse"], "is for flows, not"),
+        (["--scheduler", '{"path": "vp"}'], "hold for a flow with path='linear', got a scheduler with path='vp'"),
+        (["--unet", '{"precondition": false, "lr_channels": null}'], "its network needs `lr_channels`"),
+        ([*DIFFUSION, "--scheduler", '{"_class_name": "FlowMatchSREulerScheduler"}'], "does not reverse a diffusion"),
+        ([*DIFFUSION, "--colour_weight", "1"], "are for flows that upscale"),
+        ([*DIFFUSION, "--endpoint_loss", "mse"], "is for flows, not"),
         (["--endpoint_loss", "l3"], "`endpoint_loss` must be one of"),
         (["--perceptual_weight", "1"], "needs `lpips_weights`"),
         (["--resume_from_checkpoint", "absent"], "there is no folder absent"),
