@@ -6,6 +6,7 @@ from setuptools import setup
 
 TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+COMPLETION = ["shtab"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'"]
 
 setup(
@@ -36,14 +37,16 @@ setup(
         "numpy>=1.26",
         "torchdiffeq>=0.2.4",
         "torchmetrics>=1.4",
+        "psutil",
         "tqdm",
     ],
     extras_require={
         "train": TRAIN,
         "onnx": ONNX,
+        "completion": COMPLETION,
         "quantization": ["torchao"],
         "demo": [],
-        "test": TRAIN + ONNX + TEST,
+        "test": TRAIN + ONNX + COMPLETION + TEST,
     },
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
 )

@@ -1,9 +1,18 @@
-"""A pipeline as a function of tensors, the way spandrel calls its models."""
+"""A pipeline as a function of tensors, the way spandrel calls its models, and as a function of picture files."""
 
 from __future__ import annotations
 
+import inspect
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+
+from flowsr.files import read_picture, save_picture
+from flowsr.loading import load_upscaler
 
 
 class Upscaler:
@@ -13,21 +22,22 @@ class Upscaler:
     batch, and `scale`, `device`, `dtype`, `to` and `eval` mean what they mean there.
 
     Args:
-        pipe ([`FlowMatchSRPipeline`] or [`DDPMSRPipeline`]).
+        pipe ([`FlowMatchSRPipeline`] or [`DDPMSRPipeline`]): or a checkpoint of one, as for [`~flowsr.loading.load`].
         seed (`int`): of the noise that every picture starts from.
         **options: further arguments of the pipeline's call, such as `fidelity=1.0`, `num_inference_steps` or `tile`.
 
     Example:
 
-        >>> from flowsr import FlowMatchSRPipeline, Upscaler, bundled
-        >>> model = Upscaler(FlowMatchSRPipeline.from_pretrained(bundled("x4")), fidelity=1.0)
+        >>> from flowsr import Upscaler
+        >>> model = Upscaler("x4", fidelity=1.0)
         >>> large = model(torch.rand(1, 3, 32, 48))  # doctest: +SKIP
     """
 
     input_channels = output_channels = 3
 
-    def __init__(self, pipe: DiffusionPipeline, seed: int = 0, **options):
-        self.pipe, self.seed, self.options = pipe, seed, options
+    def __init__(self, pipe: DiffusionPipeline | str | os.PathLike, seed: int = 0, **options):
+        self.pipe = load_upscaler(pipe) if isinstance(pipe, (str, os.PathLike)) else pipe
+        self.seed, self.options = seed, call_options(self.pipe, **options)
 
     @property
     def scale(self) -> int:
@@ -60,3 +70,54 @@ class Upscaler:
             raise ValueError(f"`image` must have shape (n, 3, h, w), got {tuple(image.shape)}.")
         generators = [torch.Generator().manual_seed(self.seed) for _ in image]
         return self.pipe(image, generator=generators, output_type="pt", **self.options).images.to(image)
+
+
+def call_options(pipe: DiffusionPipeline, fidelity: float = 0.0, **options) -> dict:
+    """Arguments for the call of a pipeline: `fidelity` is left out where it is 0, as a diffusion has no such dial.
+
+    Raises:
+        ValueError: for another `fidelity` and a diffusion.
+    """
+    if fidelity == 0:
+        return options
+    if not has_dial(pipe):
+        raise ValueError(
+            f"`fidelity` is a dial of flow matching, and a {type(pipe).__name__} is a diffusion; leave it at 0."
+        )
+    return {**options, "fidelity": fidelity}
+
+
+def has_dial(pipe: DiffusionPipeline) -> bool:
+    """Whether the call of a pipeline takes `fidelity`."""
+    return "fidelity" in inspect.signature(type(pipe).__call__).parameters
+
+
+def upscale_file(
+    pipe: DiffusionPipeline, source: Path, target: Path, seed: int = 0, compare_to: Path | None = None, **options
+) -> tuple[int, int]:
+    """Upscales a picture file into another.
+
+    Args:
+        seed (`int`): of the noise that the flow starts from.
+        compare_to (`Path`, *optional*): also write `bicubic | upscaled` into this file.
+        **options: further arguments of the pipeline's call.
+
+    Returns:
+        Width and height of what was written.
+
+    Raises:
+        ValueError: for a file that cannot be read or written, naming it.
+    """
+    image = read_picture(source)
+    large = pipe(image, generator=torch.Generator().manual_seed(seed), **options).images[0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(large, target)
+    if compare_to is not None:
+        bicubic = image.convert("RGB").resize(large.size, PIL.Image.BICUBIC)
+        save_picture(side_by_side([bicubic, large.convert("RGB")]), compare_to)
+    return large.size
+
+
+def side_by_side(images: list[PIL.Image.Image]) -> PIL.Image.Image:
+    """Pictures of one size in a row."""
+    return PIL.Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))

@@ -25,7 +25,8 @@ from flowsr import (
     FlowMatchSREulerScheduler,
     FlowMatchSRPipeline,
 )
-from flowsr.conversion import ConversionError, convert, diffusion_name, reverse_time, write_single_file
+from flowsr.conversion import ConversionError, convert, write_single_file
+from flowsr.originals import diffusion_name, reverse_time
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT.parent / "shared/fixtures"
@@ -328,8 +329,8 @@ def test_single_files_that_do_not_fit_are_named(tmp_path, capsys):
         "unet.more": ({**weights, "unet.more": torch.zeros(1)}, texts),
         "belongs to none of": ({**weights, "vae.more": torch.zeros(1)}, texts),
         "has no weights": ({**weights, "scheduler.more": torch.zeros(1)}, texts),
-        "A Popen is wanted": (weights, {**texts, "model_index.json": strange[0]}),
-        "A DDIMPipeline is wanted": (
+        "has a class 'Popen'": (weights, {**texts, "model_index.json": strange[0]}),
+        "has a class 'DDIMPipeline'": (
             weights,
             {**texts, "model_index.json": strange[1]},
         ),

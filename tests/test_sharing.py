@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteSchedul
 
 from flowsr import DDPMSRPipeline, FlowMatchPipeline, FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.cli import main
-from flowsr.pipelines.sharing import single_file
+from flowsr.hub import single_file
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 
