@@ -189,8 +189,8 @@ def publish(
         ValueError: for a folder without a pipeline, or a card written by hand, here or on the Hub.
         OSError: where the Hub does not answer or refuses; the repository is then what it was.
     """
-    folder, pipe = Path(folder), load_folder(folder)
-    readme = folder / "README.md"
+    folder = Path(folder)
+    pipe, readme = load_folder(folder), folder / "README.md"
     with clear_errors(repo_id, "was not changed on the Hub"):
         try:
             theirs = ModelCard.load(repo_id)
