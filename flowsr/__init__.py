@@ -57,7 +57,7 @@ def bundled(name: str = "x4") -> str:
     weights = _Path(__file__).resolve().parent / "weights"
     names = sorted(folder.name for folder in weights.glob("*") if (folder / "model_index.json").is_file())
     if name not in names:
-        raise ValueError(f"There is no bundled checkpoint {name!r}; these ship with flowsr: {', '.join(names)}.")
+        raise ValueError(f"There is no bundled checkpoint {name!r}; these ship with flowsr: {names}.")
     return str(weights / name)
 
 
