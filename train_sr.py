@@ -41,6 +41,7 @@ from flowsr.averages import Averages, trainable
 from flowsr.components import pipeline_from
 from flowsr.data import CropDataset, Cropping, CropStream, load_images, smaller_than
 from flowsr.degradations import CHAINS, degrade
+from flowsr.hub import clear_errors, publish
 from flowsr.lpips import SqueezeLPIPS
 from flowsr.metrics import load_lpips
 from flowsr.objectives import (
@@ -56,8 +57,6 @@ from flowsr.objectives import (
 )
 from flowsr.optimizers import OPTIMIZERS, make_optimizer
 from flowsr.pipelines.conditioning import estimate
-from flowsr.pipelines.sharing import clear_errors
-from flowsr.publish import publish
 from flowsr.teacher import teacher_from
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 

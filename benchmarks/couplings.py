@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowsr import FlowMatchSRPipeline
 from flowsr.data import load_images
 from flowsr.degradations import downscale
+from flowsr.loading import load
 from flowsr.metrics import load_lpips, psnr_y
 from flowsr.validation import Pair, coupling_grid
 
@@ -33,7 +33,7 @@ def main() -> None:
     images = load_images([options.test], None, labels=True)
     images = images.select(np.linspace(0, len(images) - 1, min(options.pictures, len(images))).astype(int))
     lpips = load_lpips(options.lpips_weights)[0] if options.lpips_weights else None
-    pipes = {place: FlowMatchSRPipeline.from_pretrained(place) for place in options.checkpoints}
+    pipes = {place: load(place) for place in options.checkpoints}
     scale = next(iter(pipes.values())).scale_factor
     hr = [np.asarray(image.convert("RGB")) for image in images["image"]]
     pairs = [Pair(picture, downscale(picture, scale), label) for picture, label in zip(hr, images["label"])]

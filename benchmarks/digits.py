@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from flowsr import FlowMatchPipeline
 from flowsr.data import load_images
+from flowsr.loading import load
 from flowsr.validation import generated_grid
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     pictures, labels = tensors(options.test)
     print(f"test digits: accuracy {float((classes(pictures) == labels).float().mean()):.1%}")
 
-    pipe = FlowMatchPipeline.from_pretrained(options.checkpoint)
+    pipe = load(options.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     how = {"num_inference_steps": options.steps, "solver": options.solver, "output_type": "pt"}

@@ -9,8 +9,8 @@ import argparse
 
 from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 
-from flowsr import DDPMSRPipeline
 from flowsr.evaluate import evaluate, load_pairs
+from flowsr.loading import load
 
 SAMPLERS = {  # name: scheduler, its own settings, steps
     "UniPC": (UniPCMultistepScheduler, {}, 10),
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    pipe = DDPMSRPipeline.from_pretrained(options.checkpoint)
+    pipe = load(options.checkpoint)
     pairs = load_pairs(options.hr, options.lr, pipe.scale_factor)
     print("| sampler | steps | PSNR-Y | SSIM-Y | LPIPS | detail | s / MP |\n|---|---|---|---|---|---|---|")
     for number, (name, (scheduler, settings, steps)) in enumerate(SAMPLERS.items()):

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from diffusers import TorchAoConfig
 
-from flowsr import FlowMatchSRPipeline, UNetSRModel, bundled
+from flowsr import FlowMatchSRPipeline, UNetSRModel
 from flowsr.evaluate import evaluate, load_pairs
+from flowsr.loading import load, resolve
 
 VARIANTS = ("float32", "bfloat16", "compile", "int8", "int8-dynamic", "onnx")
 
@@ -27,7 +28,7 @@ def make(variant: str, checkpoint: str, folder: Path) -> tuple[FlowMatchSRPipeli
     Raises:
         ImportError: for a tool that is not installed.
     """
-    pipe = FlowMatchSRPipeline.from_pretrained(checkpoint)
+    pipe = load(checkpoint)
     if variant == "onnx":
         from flowsr.onnx import OnnxUNet, export
 
@@ -38,7 +39,10 @@ def make(variant: str, checkpoint: str, folder: Path) -> tuple[FlowMatchSRPipeli
 
         kind = Int8WeightOnlyConfig if variant == "int8" else Int8DynamicActivationInt8WeightConfig
         pipe.unet = UNetSRModel.from_pretrained(
-            checkpoint, subfolder="unet", quantization_config=TorchAoConfig(kind()), torch_dtype=torch.bfloat16
+            resolve(checkpoint),
+            subfolder="unet",
+            quantization_config=TorchAoConfig(kind()),
+            torch_dtype=torch.bfloat16,
         )
         pipe.unet.save_pretrained(folder)
     else:
@@ -53,14 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("hr", help="folder of test pictures")
     parser.add_argument("--lr", default=None, help="folder of their LR (default: made in MATLAB's convention)")
-    parser.add_argument("--checkpoint", default=None, help="pipeline folder (default: the bundled x4)")
+    parser.add_argument("--checkpoint", default="x4", help="name, folder or Hub id (default: x4)")
     parser.add_argument("--steps", type=int, default=1, help="network evaluations per picture (default: 1)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    checkpoint = options.checkpoint or bundled("x4")
+    checkpoint = options.checkpoint
     pairs = None
     print("| variant | size on disk | seconds per picture | PSNR-Y |\n|---|---|---|---|", flush=True)
     for variant in options.variants:

@@ -14,7 +14,7 @@ import time
 import torch
 from torch import nn
 
-from flowsr import FlowMatchSRPipeline, bundled
+from flowsr.loading import load
 
 
 class ResBlock(nn.Module):
@@ -45,7 +45,7 @@ class EDSRBaseline(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", default=None, help="pipeline folder (default: the bundled x4)")
+    parser.add_argument("--checkpoint", default="x4", help="name, folder, file or Hub id (default: x4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=10)
@@ -53,7 +53,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    pipe = FlowMatchSRPipeline.from_pretrained(options.checkpoint or bundled("x4")).to(dtype)
+    pipe = load(options.checkpoint, dtype=dtype)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     edsr = EDSRBaseline().eval().to(dtype, memory_format=torch.channels_last)

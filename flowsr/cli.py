@@ -1,4 +1,7 @@
-"""The command line: `flowsr upscale`, `flowsr evaluate`, `flowsr info`, `flowsr card`, `flowsr demo`."""
+"""The command line of flowsr: what each command takes, and what it prints.
+
+torch takes seconds to import, so that a command imports what it needs when its arguments have been read.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,40 @@ import os
 import sys
 import time
 from pathlib import Path
+
+import flowsr
+
+EXAMPLES = {
+    "flowsr": """\
+examples:
+  flowsr demo
+  flowsr upscale photos/ old.jpg -o large/
+  flowsr upscale small.png -o large.png --fidelity 1
+  flowsr info""",
+    "upscale": """\
+examples:
+  flowsr upscale photos/ old.jpg -o large/ --compare
+  flowsr upscale small.png -o large.png --fidelity 1 --consistency exact
+  flowsr upscale small.png -o large.png --checkpoint me/my-upscaler --device cuda --dtype float16
+  flowsr upscale photos/ -o large/ --quiet --json""",
+    "evaluate": """\
+examples:
+  flowsr evaluate Set5/HR --lr Set5/LRx4 --steps 1 2 4 8
+  flowsr evaluate photos/ --fidelity 0.5 --json result.json""",
+    "info": """\
+examples:
+  flowsr info
+  flowsr info --checkpoint runs/x4 --json""",
+    "degrade": """\
+example:
+  flowsr degrade photo.png -o draws.png --degradation bsrgan --seed 1""",
+    "card": """\
+example:
+  flowsr card runs/x4 --results Set5=set5.json --license apache-2.0 --push_to_hub me/my-upscaler""",
+    "demo": """\
+example:
+  flowsr demo -o demo_output --checkpoint ddpm_x4 --steps 10""",
+}
 
 FORMATS = ("png", "jpg", "webp", "tif", "avif", "heic", "jp2", "bmp")  # suffixes of files that are written
 
@@ -26,117 +63,93 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="flowsr", description="Image super-resolution by flow matching.")
+    as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    top = argparse.ArgumentParser(
+        "flowsr", description="Image super-resolution by flow matching.", epilog=EXAMPLES["flowsr"], **as_written
+    )
+    top.add_argument("--version", action="version", version=f"flowsr {flowsr.__version__}")
+    try:
+        import shtab
+    except ImportError:  # of the extra `completion`
+        pass
+    else:
+        shtab.add_argument_to(top, "--print-completion", help="print the completion script of a shell")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run, description: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(run.__name__, help=description, description=description)
-        made.set_defaults(run=run)
-        made.add_argument("--checkpoint", default="x4", help="bundled name, folder or Hub id (default: x4)")
-        return made
+        name = run.__name__
+        added = commands.add_parser(
+            name, help=description, description=description, epilog=EXAMPLES[name], **as_written
+        )
+        added.set_defaults(run=run)
+        return added
 
-    def flow_options(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
-        made.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
-        made.add_argument("--tile", type=int, default=256, help="LR pixels per tile; 0 for none (default: 256)")
-        made.add_argument("--seed", type=int, default=0, help="of the source noise (default: 0)")
-        made.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-        made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    def checkpoint_option(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--checkpoint", default="x4", help="bundled name, folder, single file or Hub id (default: x4)")
 
-    made = command(upscale, "Upscale pictures and folders of pictures.")
-    made.add_argument("input", nargs="+", help="picture files and folders; - for the standard input")
-    made.add_argument("-o", "--output", required=True, help="folder, or a file name for one picture; - for stdout")
-    made.add_argument("--format", choices=FORMATS, help="of the results (default: that of the name)")
-    made.add_argument("--suffix", default="", help="behind the names of results in a folder, such as _x4")
-    made.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
-    made.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    made.add_argument("--max-pixels", type=int, help="largest result, all frames together")
-    made.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
-    made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
-    made.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
-    flow_options(made)
+    def device_option(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--device", default="auto", help="torch device; auto: a GPU where there is one (default)")
 
-    made = command(evaluate, "Measure on a folder of pictures: PSNR-Y, SSIM-Y, LPIPS, LR-PSNR.")
-    made.add_argument("hr", help="folder of high-resolution pictures")
-    made.add_argument("--lr", help="folder of low-resolution ones (default: MATLAB's bicubic of the first)")
-    made.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="network evaluations (default: 1 4)")
-    made.add_argument("--lpips_weights", help="safetensors of LPIPS v0.1 with SqueezeNet")
-    made.add_argument("--json", help="also write every number to this file")
-    flow_options(made)
+    def flow_options(to: argparse.ArgumentParser) -> None:
+        checkpoint_option(to)
+        device_option(to)
+        to.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
+        to.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
+        to.add_argument("--tile", type=int, default=256, help="LR pixels per tile; 0 for none (default: 256)")
+        to.add_argument("--seed", type=int, default=0, help="of the source noise (default: 0)")
+        to.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
 
-    command(info, "Describe a checkpoint and this machine.")
+    it = command(upscale, "Upscale pictures and folders of pictures.")
+    it.add_argument("input", nargs="+", help="picture files and folders; - for the standard input")
+    it.add_argument("-o", "--output", required=True, help="folder, or a file name for one picture; - for stdout")
+    it.add_argument("--format", choices=FORMATS, help="of the results (default: that of the name)")
+    it.add_argument("--suffix", default="", help="behind the names of results in a folder, such as _x4")
+    it.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
+    it.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    it.add_argument("--max-pixels", type=int, help="largest result, all frames together")
+    it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
+    it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
+    it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
+    it.add_argument("--quiet", action="store_true", help="print errors alone")
+    it.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
+    flow_options(it)
 
-    described = "Show what a training degradation does to a picture: a grid of draws, enlarged, beside the original."
-    made = commands.add_parser("degrade", help=described, description=described)
-    made.set_defaults(run=degrade)
-    made.add_argument("input", help="picture file")
-    made.add_argument("-o", "--output", default="degraded.png", help="picture file (default: degraded.png)")
-    made.add_argument("--degradation", default="real_esrgan", help="bicubic, bsrgan or real_esrgan (the default)")
-    made.add_argument("--scale", type=int, default=4, help="HR pixels per LR pixel (default: 4)")
-    made.add_argument("--count", type=int, default=7, help="draws (default: 7)")
-    made.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    it = command(evaluate, "Measure on a folder of pictures: PSNR-Y, SSIM-Y, LPIPS, LR-PSNR.")
+    it.add_argument("hr", help="folder of high-resolution pictures")
+    it.add_argument("--lr", help="folder of low-resolution ones (default: MATLAB's bicubic of the first)")
+    it.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="network evaluations (default: 1 4)")
+    it.add_argument("--lpips_weights", help="safetensors of LPIPS v0.1 with SqueezeNet")
+    it.add_argument("--json", metavar="FILE", help="also write every number to this file")
+    flow_options(it)
 
-    described = "Write the model card of a pipeline folder from its evaluation.json, settings.yaml and example.*."
-    made = commands.add_parser("card", help=described, description=described)
-    made.set_defaults(run=card)
-    made.add_argument("folder", help="of a saved pipeline")
-    made.add_argument("--results", nargs="+", default=[], metavar="NAME=JSON", help="of `flowsr evaluate --json`")
-    made.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
-    made.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
+    it = command(info, "Describe this machine, the checkpoints that ship, and one checkpoint.")
+    it.add_argument("--json", action="store_true", help="print JSON")
+    checkpoint_option(it)
 
-    made = command(demo, "Upscale the example photo and compare with bicubic and the original.")
-    made.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
-    made.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
+    it = command(degrade, "Show draws of a training degradation of a picture, enlarged, beside the original.")
+    it.add_argument("input", help="picture file")
+    it.add_argument("-o", "--output", default="degraded.png", help="picture file (default: degraded.png)")
+    it.add_argument("--degradation", default="real_esrgan", help="bicubic, bsrgan or real_esrgan (the default)")
+    it.add_argument("--scale", type=int, default=4, help="HR pixels per LR pixel (default: 4)")
+    it.add_argument("--count", type=int, default=7, help="draws (default: 7)")
+    it.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+    it = command(card, "Write the model card of a pipeline folder from its evaluation, settings and example.*.")
+    it.add_argument("folder", help="of a saved pipeline")
+    it.add_argument("--results", nargs="+", default=[], metavar="NAME=JSON", help="of `flowsr evaluate --json`")
+    it.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
+    it.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
+
+    it = command(demo, "Upscale the example photo and compare with bicubic and the original.")
+    it.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
+    it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
+    checkpoint_option(it)
+    device_option(it)
     return top
 
 
-def load(checkpoint: str, device: str = "cpu", dtype: str = "float32"):
-    """The pipeline of a bundled name, a folder or a Hub id."""
-    import torch
-    from diffusers.utils import logging
-
-    import flowsr
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what matters comes as an error
-    where = flowsr.bundled(checkpoint) if not Path(checkpoint).exists() and "/" not in checkpoint else checkpoint
-    try:
-        pipe = super_resolution_class(where).from_pretrained(where).to(device)
-        return pipe if dtype == "float32" else pipe.to(getattr(torch, dtype))
-    except Exception as error:  # loaders raise many kinds: safetensors' own, JSON's, the Hub's, torch's
-        reason = str(error).strip().split("\n")[0]
-        reason = reason if reason.startswith(where) else f"The checkpoint {checkpoint} cannot be loaded: {reason}"
-        raise ValueError(reason) from error
-
-
-def super_resolution_class(checkpoint: str) -> type:
-    """The class of a saved pipeline that upscales; where it cannot be told, the one whose loader says why."""
-    from diffusers import DiffusionPipeline
-
-    import flowsr
-
-    try:
-        kind = DiffusionPipeline.load_config(checkpoint)["_class_name"]
-    except (OSError, KeyError):
-        return flowsr.FlowMatchSRPipeline
-    kind = kind[-1] if isinstance(kind, (list, tuple)) else kind  # self-contained folders name their file too
-    return flowsr.DDPMSRPipeline if kind == "DDPMSRPipeline" else flowsr.FlowMatchSRPipeline
-
-
-def dial(options: argparse.Namespace, pipe) -> dict:
-    """`fidelity` where it is asked for, which a diffusion does not have."""
-    if options.fidelity and type(pipe).__name__ == "DDPMSRPipeline":
-        raise ValueError(
-            f"`--fidelity` is a dial of flow matching, and {options.checkpoint} is a diffusion; leave it."
-        )
-    return {"fidelity": options.fidelity} if options.fidelity else {}
-
-
 def upscale(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from flowsr.files import MAX_PIXELS, find_pictures
-    from flowsr.upscaler import upscale_file
 
     max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
     if max_pixels < 1:
@@ -144,16 +157,27 @@ def upscale(options: argparse.Namespace) -> int:
     inputs = find_pictures(options.input)
     targets = plan_targets(inputs, options)
     streamed = options.output == "-"
-    pipe = load(options.checkpoint, options.device, options.dtype)
-    call = {"num_inference_steps": options.steps, "consistency": options.consistency, "tile": options.tile or None}
-    call |= dial(options, pipe)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline_of(options)
+    from tqdm import tqdm
+
+    from flowsr.upscaler import call_options, upscale_file
+
+    call = call_options(
+        pipe,
+        options.fidelity,
+        num_inference_steps=options.steps,
+        consistency=options.consistency,
+        tile=options.tile or None,
+    )
     model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
+    printed = sys.stderr if streamed else sys.stdout
     failures = []
-    for source, target in (bar := tqdm(list(zip(inputs, targets)), unit="picture", disable=None)):
+    bar = tqdm(list(zip(inputs, targets)), unit="picture", disable=True if options.quiet else None)
+    for source, target in bar:
         bar.set_description(source.name)
+        report, start = {"input": str(source)}, time.perf_counter()
         try:
-            upscale_file(
+            width, height = upscale_file(
                 pipe,
                 source,
                 target,
@@ -166,13 +190,18 @@ def upscale(options: argparse.Namespace) -> int:
                 say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
                 **call,
             )
+            seconds = round(time.perf_counter() - start, 3)
+            report |= {"output": str(target), "width": width, "height": height, "seconds": seconds}
         except ValueError as error:
             failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+            report |= {"error": failures[-1]}
+        if options.json:
+            print(json.dumps(report), file=printed, flush=True)
     for failure in failures:
         print(f"flowsr: {failure}", file=sys.stderr)
-    where = "standard output" if streamed else options.output
-    done = f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}."
-    print(done, file=sys.stderr if streamed else sys.stdout)
+    if not options.quiet and not options.json:
+        where = "standard output" if streamed else options.output
+        print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}.", file=printed)
     return 1 if failures else 0
 
 
@@ -231,21 +260,35 @@ def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
 
 
+def pipeline_of(options: argparse.Namespace):
+    """The pipeline of `--checkpoint`, `--device` and `--dtype`, which prints nothing but errors."""
+    import torch
+    from diffusers.utils import logging
+
+    from flowsr.loading import load_upscaler
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters comes as an error
+    dtype = getattr(options, "dtype", None)
+    pipe = load_upscaler(options.checkpoint, options.device, dtype and getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def evaluate(options: argparse.Namespace) -> int:
+    pipe = pipeline_of(options)
     from flowsr.evaluate import evaluate as measure
     from flowsr.evaluate import load_pairs, markdown_table
+    from flowsr.upscaler import call_options
 
-    pipe = load(options.checkpoint, options.device, options.dtype)
     pairs = load_pairs(options.hr, options.lr, pipe.scale_factor)
     result = measure(
         pipe,
         pairs,
         steps=options.steps,
-        consistency=options.consistency,
         seed=options.seed,
-        tile=options.tile or None,
         lpips_weights=options.lpips_weights,
-        **dial(options, pipe),
+        **call_options(pipe, options.fidelity, consistency=options.consistency, tile=options.tile or None),
     )
     print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
     print(markdown_table(result))
@@ -257,37 +300,34 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    import diffusers
-    import torch
+    from diffusers.utils import logging
 
-    import flowsr
+    from flowsr import doctor
+    from flowsr.loading import load
 
-    pipe = load(options.checkpoint)
-    unet, flow = pipe.unet.config, pipe.scheduler.config
-    field = pipe.unet.receptive_field
-    print(f"flowsr {flowsr.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}")
-    print(f"checkpoint       {options.checkpoint}")
-    print(f"scale            x{pipe.scale_factor}")
-    print(f"network          {type(pipe.unet).__name__}, {pipe.unet.num_parameters():,} parameters")
-    print(f"widths           {tuple(unet.block_out_channels)} on patches of {unet.get('patch_size', 1)} HR pixels")
-    if "source" in flow:
-        print(f"flow             from {flow.source} with noise of std {flow.source_noise_std}, {flow.path} path")
-    else:
-        kind, target = type(pipe.scheduler).__name__, pipe.config.target
-        print(f"diffusion        {kind}, {flow.beta_schedule} betas, of the {target}")
-    print(f"predicts         the {flow.prediction_type}")
-    print(
-        "tiles            " + ("blended (attention or group norm)" if field is None else f"exact, halo {field} pixels")
-    )
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"device           {device}")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    parts = {
+        "versions": doctor.versions(),
+        "machine": doctor.machine(),
+        "bundled": doctor.BUNDLED,
+        "checkpoint": {"name": options.checkpoint, **doctor.describe(load(options.checkpoint))},
+    }
+    if options.json:
+        print(json.dumps(parts, indent=1))
+        return 0
+    print(", ".join(f"{name} {version}" for name, version in parts.pop("versions").items()))
+    for title, words in parts.items():
+        print(f"\n{title}")
+        for name, value in words.items():
+            print(f"  {name:<14} {value}")
     return 0
 
 
 def card(options: argparse.Namespace) -> int:
     from diffusers.utils import logging
 
-    from flowsr.publish import publish, write_card
+    from flowsr.hub import publish, write_card
 
     logging.disable_progress_bar()
     wrong = [given for given in options.results if "=" not in given]
@@ -302,82 +342,29 @@ def card(options: argparse.Namespace) -> int:
 
 
 def degrade(options: argparse.Namespace) -> int:
-    import numpy as np
-    import PIL.Image
+    from flowsr.demo import degradation_sheet
 
-    from flowsr import degradations
-
-    if options.scale < 1 or options.count < 1:
-        raise ValueError(f"`--scale` and `--count` must be positive, got {options.scale} and {options.count}.")
-    with PIL.Image.open(options.input) as picture:
-        hr = degradations.cut_to_multiple(np.asarray(picture.convert("RGB")), options.scale)
-    if 0 in hr.shape:
-        raise ValueError(f"{options.input} is smaller than one pixel of LR at scale {options.scale}.")
-    random = np.random.default_rng(options.seed)
-    draws = [degradations.degrade(hr, options.scale, options.degradation, random) for _ in range(options.count)]
-    panels = [hr, *(draw.repeat(options.scale, axis=0).repeat(options.scale, axis=1) for draw in draws)]
-    panels += [np.full_like(hr, 255)] * (-len(panels) % 4)
-    rows = [np.concatenate(panels[start : start + 4], axis=1) for start in range(0, len(panels), 4)]
-    PIL.Image.fromarray(np.concatenate(rows)).save(options.output)
+    sheet = degradation_sheet(options.input, options.degradation, options.scale, options.count, options.seed)
+    sheet.save(options.output)
     print(f"{options.output}: the original and {options.count} draws of {options.degradation}, seed {options.seed}.")
     return 0
 
 
 def demo(options: argparse.Namespace) -> int:
-    import numpy as np
-    import PIL.Image
-    import torch
+    pipe = pipeline_of(options)
+    from flowsr.demo import run_demo
 
-    from flowsr.degradations import cut_to_multiple, downscale
-    from flowsr.files import read_picture, save_picture
-    from flowsr.metrics import psnr_y
-    from flowsr.upscaler import side_by_side
-
-    pipe = load(options.checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    scale = pipe.scale_factor
-    photo = example_photo()
-    hr = cut_to_multiple(np.asarray(read_picture(photo).convert("RGB")), scale)
-    lr = PIL.Image.fromarray(downscale(hr, scale))
-    start = time.perf_counter()
-    sr = pipe(lr, num_inference_steps=options.steps, generator=torch.Generator().manual_seed(0)).images[0]
-    seconds = time.perf_counter() - start
-    faithful = pipe(lr, fidelity=1.0, generator=torch.Generator().manual_seed(0)).images[0]
-    bicubic = lr.resize(sr.size, PIL.Image.BICUBIC)
-
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {
-        "lr.png": lr,
-        "flowsr.png": sr,
-        "flowsr_faithful.png": faithful,
-        "comparison.png": side_by_side([bicubic, sr, PIL.Image.fromarray(hr)]),
-    }
-    for name, image in written.items():
-        save_picture(image, folder / name)
+    made = run_demo(pipe, Path(options.output), options.steps)
+    (width, height), (lr_width, lr_height) = made.size, made.lr_size
     print(
-        f"{photo.name}: {lr.width}x{lr.height} -> {sr.width}x{sr.height} in {seconds:.2f} s ({options.steps} steps)."
+        f"{made.photo.name}: {lr_width}x{lr_height} -> {width}x{height} in {made.seconds:.2f} s "
+        f"({options.steps} steps)."
     )
-    for name, image in (
-        ("bicubic", bicubic),
-        (f"flowsr, {options.steps} steps", sr),
-        ("flowsr, fidelity 1", faithful),
-    ):
-        print(f"  PSNR-Y {psnr_y(np.asarray(image), hr, scale):.2f} dB  {name}")
-    print("bicubic | flowsr | original: " + str((folder / "comparison.png").resolve()))
-    print("the upscaled picture:        " + str((folder / "flowsr.png").resolve()))
+    for name, psnr in made.psnr.items():
+        print(f"  PSNR-Y {psnr:.2f} dB  {name}")
+    print(f"bicubic | flowsr | original: {made.comparison.resolve()}")
+    print(f"the upscaled picture:        {made.upscaled.resolve()}")
     return 0
-
-
-def example_photo() -> Path:
-    """The photo of the demo: inside the installed package, or beside it in a source checkout."""
-    import flowsr
-
-    for root in flowsr.__path__:
-        photos = sorted((Path(root) / "examples").glob("*.png"))
-        if photos:
-            return photos[0]
-    raise ValueError("The example photo is missing from this installation.")
 
 
 if __name__ == "__main__":

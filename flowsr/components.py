@@ -4,51 +4,49 @@ from __future__ import annotations
 
 import inspect
 
-import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import AutoModel, AutoModelForImageToImage
 
 import flowsr
+from flowsr.loading import class_named, load
 
 # Components of transformers, which a pipeline's config names by folder or repository.
 LOADERS = {"prior": AutoModelForImageToImage, "image_encoder": AutoModel}
 
 
 def pipeline_from(pipeline: dict, unet: dict, scheduler: dict, pretrained: str | None = None) -> DiffusionPipeline:
-    """A fresh pipeline; or that of a folder or repository, whose configs then replace those given.
+    """A fresh pipeline; or that of a checkpoint, whose configs then replace those given.
 
     Args:
         pipeline, unet, scheduler (`dict`): what the class in `_class_name` is made with; [`FlowMatchSRPipeline`],
             [`UNetSRModel`] and [`FlowMatchSREulerScheduler`] (for diffusion DDIM's) where none is named. A `prior` or
             `image_encoder` of the pipeline is the folder or repository of a model of transformers.
-        pretrained (`str`, *optional*): a pipeline to start from.
+        pretrained (`str`, *optional*): the checkpoint to start from, as for [`~flowsr.loading.load`].
 
     Raises:
         ValueError: for unknown classes and settings, naming those that exist.
     """
     if pretrained:
-        config = DiffusionPipeline.load_config(pretrained)
-        return class_named(config, "FlowMatchSRPipeline", "pipeline").from_pretrained(pretrained)
-    cls = class_named(pipeline, "FlowMatchSRPipeline", "pipeline")
+        return load(pretrained)
+
+    def class_of(name: str, config: dict, default: str, base: type) -> type:
+        try:
+            return class_named(config.get("_class_name", default), base)
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {error}") from None
+
+    cls = class_of("pipeline", pipeline, "FlowMatchSRPipeline", DiffusionPipeline)
     steps = "DDIMScheduler" if cls is flowsr.DDPMSRPipeline else "FlowMatchSREulerScheduler"
+    unet_class = class_of("unet", unet, "UNetSRModel", ModelMixin)
+    scheduler_class = class_of("scheduler", scheduler, steps, SchedulerMixin)
     components = {
-        "unet": build(class_named(unet, "UNetSRModel", "unet"), unet, "unet"),
-        "scheduler": build(class_named(scheduler, steps, "scheduler"), scheduler, "scheduler"),
+        "unet": build(unet_class, unet, "unet"),
+        "scheduler": build(scheduler_class, scheduler, "scheduler"),
     }
     for name, loader in LOADERS.items():
         if name in pipeline:
             components[name] = loader.from_pretrained(pipeline[name])
     return build(cls, {**pipeline, **components}, "pipeline")
-
-
-def class_named(config: dict, default: str, name: str) -> type:
-    """The class that a config names in `_class_name`, of flowsr or else of diffusers."""
-    wanted = config.get("_class_name", default)
-    wanted = wanted[-1] if isinstance(wanted, (list, tuple)) else wanted  # self-contained folders name their file too
-    found = getattr(flowsr, wanted, None) or getattr(diffusers, wanted, None)
-    if not inspect.isclass(found):
-        raise ValueError(f"`{name}`: neither flowsr nor diffusers has a class {wanted!r}.")
-    return found
 
 
 def build(cls: type, config: dict, name: str):

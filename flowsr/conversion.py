@@ -1,33 +1,27 @@
 """Checkpoints of the original projects and of train_sr.py, and single files, as pipelines of this library.
 
-A format is recognised by its keys, sizes are read off the shapes, every key must find its place, and pickles are
-opened without executing anything.
+A format is recognised by its keys, every key must find its place, and pickles are opened without executing anything.
+The names and sizes of the original projects are in [`flowsr.originals`].
 """
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
-import re
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flowsr
-from flowsr import (
-    ContextUNetSRModel,
-    DDPMSRPipeline,
-    FlowMatchSREulerScheduler,
-    FlowMatchSRPipeline,
-    UNetSRModel,
-)
+from flowsr import originals
 from flowsr.components import pipeline_from
+from flowsr.loading import class_named
 
 
 class ConversionError(ValueError):
@@ -81,7 +75,12 @@ def state_of(checkpoint: dict, ema: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-def convert(path: str | Path, ema: bool = True, scale: int = 4) -> DiffusionPipeline:
+def convert(
+    path: str | Path,
+    ema: bool = True,
+    scale: int = 4,
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+) -> DiffusionPipeline:
     """A pipeline from a checkpoint of any kind.
 
     Args:
@@ -89,29 +88,42 @@ def convert(path: str | Path, ema: bool = True, scale: int = 4) -> DiffusionPipe
             of train_sr.py, with settings.yaml beside it.
         ema (`bool`): take the averaged weights of a training state.
         scale (`int`): HR pixels per LR pixel, which the weights of the original projects do not tell.
+        prediction_type (*optional*): what a network of the DDPM project predicts; by default what its file name says,
+            and where that says nothing the default of the project, "v_prediction".
 
     Raises:
-        ConversionError: if the file cannot be read or its format is not known.
+        ConversionError: if the file cannot be read or its format is not known, or for a `prediction_type` where the
+            checkpoint itself tells it.
     """
-    path = Path(path)
+    path, texts, state = Path(path), {}, {}
+    if not path.is_dir():
+        content = read_checkpoint(path)
+        texts = read_metadata(path) if path.suffix == ".safetensors" else {}
+        state = {} if "model_index.json" in texts else state_of(content, ema)
+    if originals.DIFFUSION <= state.keys():
+        predicts = prediction_type or originals.prediction_in_name(path)
+        return with_weights(*originals.diffusion(state, scale, predicts))
+    if prediction_type is not None:
+        raise ConversionError(f"{path} is not of the DDPM project, and tells itself what its network predicts.")
+    if originals.FLOW_MATCHING <= state.keys():
+        return with_weights(*originals.flow_matching(state, scale))
+    if "model_index.json" in texts:
+        return assemble(texts, content)
     if (path / "model_index.json").is_file():
         return assemble(*read_folder(path))
     if path.is_dir():
         return convert_training(path, ema)
-    checkpoint = read_checkpoint(path)
-    if path.suffix == ".safetensors" and "model_index.json" in (texts := read_metadata(path)):
-        return assemble(texts, checkpoint)
-    state = state_of(checkpoint, ema)
-    if {"in_conv.weight", "mid_attn.qkv.weight", "time_mlp.net.0.weight"} <= set(state):
-        return convert_flow_matching(state, scale)
-    if {"init_conv.weight", "context_extractor.projection.weight", "final_conv.weight"} <= set(state):
-        return convert_diffusion(state, scale, prediction_type(path))
     raise ConversionError(
         f"{path}: no known format; its first keys are {sorted(state)[:5]}. Known: the flow-matching x4 project "
         "(in_conv, down_blocks, mid1, mid_attn, mid2, up_blocks, out_conv), the DDPM project (init_conv, downs, "
         "bottleneck, ups, context_extractor, final_conv), single files of this library (model_index.json in their "
         "metadata)."
     )
+
+
+def with_weights(pipe: DiffusionPipeline, weights: dict[str, torch.Tensor]) -> DiffusionPipeline:
+    load_all(pipe.unet, weights)
+    return pipe
 
 
 def load_all(network: torch.nn.Module, state: dict[str, torch.Tensor], keep_types: bool = False) -> None:
@@ -165,7 +177,7 @@ def assemble(texts: dict[str, str], weights: dict[str, torch.Tensor]) -> Diffusi
     """The pipeline of [`read_folder`]'s texts and weights. Code beside them is not looked at.
 
     Raises:
-        ConversionError: for a class that this library does not know, and for weights that are missing or left over.
+        ValueError: for a class that this library does not know, and for weights that are missing or left over.
     """
     import transformers
 
@@ -182,7 +194,7 @@ def assemble(texts: dict[str, str], weights: dict[str, torch.Tensor]) -> Diffusi
         if len(configs) != 1:
             raise ConversionError(f"The component {name} needs one config, found {len(configs)}.")
         places = (transformers,) if library == "transformers" else (flowsr, diffusers)
-        cls = class_of(kind, places, (ModelMixin, SchedulerMixin, transformers.PreTrainedModel))
+        cls = class_named(kind, (ModelMixin, SchedulerMixin, transformers.PreTrainedModel), *places)
         if issubclass(cls, transformers.PreTrainedModel):
             parts[name] = load_encoder(cls, configs[0], state)
             continue
@@ -194,16 +206,7 @@ def assemble(texts: dict[str, str], weights: dict[str, torch.Tensor]) -> Diffusi
     for name, value in parts.items():
         if value == [None, None]:  # an optional component that is not there
             parts[name] = None
-    return class_of(index["_class_name"], (flowsr,), (DiffusionPipeline,))(**parts)
-
-
-def class_of(kind: str | list[str], places: tuple, bases: tuple[type, ...]) -> type:
-    """The class of that name; of a pair of file and class, as self-contained folders have it, the second."""
-    kind = kind[-1] if isinstance(kind, (list, tuple)) else kind
-    found = next((getattr(module, kind) for module in places if hasattr(module, kind)), None)
-    if not (isinstance(found, type) and issubclass(found, bases)):
-        raise ConversionError(f"A {kind} is wanted, which {' and '.join(m.__name__ for m in places)} do not have.")
-    return found
+    return class_named(index["_class_name"], DiffusionPipeline, flowsr)(**parts)
 
 
 def load_encoder(cls: type, config: str, state: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -252,160 +255,3 @@ def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
     load_all(pipe.unet, state)
     pipe.unet.eval()
     return pipe
-
-
-# The flow-matching project: pictures in [0, 1], t from 0 (noise) to 1 (picture), velocity = picture - noise, the state
-# concatenated with torch's bicubic of the LR, each Euler step evaluated at its middle.
-
-
-def convert_flow_matching(state: dict[str, torch.Tensor], scale: int) -> FlowMatchSRPipeline:
-    levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("down_blocks.")) // 2
-    blocks = 1 + max(int(key.split(".")[2]) for key in state if re.match(r"down_blocks\.0\.\d+\.", key))
-    widths = tuple(state[f"down_blocks.{2 * level}.0.conv1.weight"].shape[0] for level in range(levels))
-    time_dim = state["time_mlp.net.0.weight"].shape[1]
-    unet = UNetSRModel(
-        scale_factor=scale,
-        patch_size=1,
-        block_out_channels=widths,
-        layers_per_block=blocks,
-        mid_layers=2,
-        norm="group",
-        norm_num_groups=8,
-        mid_attention=True,
-        num_attention_heads=4,
-        time_embedding_dim=time_dim,
-        time_embedding_scale=1 / 1000,
-        time_embedding_max_period=math.exp(4),
-        precondition=False,
-        bicubic_coefficient=-0.75,
-    )
-    renamed = {}
-    for key, value in state.items():
-        name = flow_matching_name(key, levels)
-        if name.endswith("qkv"):
-            for letter, part in zip("qkv", value.flatten(1).chunk(3) if value.ndim > 1 else value.chunk(3)):
-                renamed[f"{name.removesuffix('qkv')}to_{letter}.{key.rsplit('.')[-1]}"] = part
-        else:
-            renamed[name] = value.flatten(1) if "to_out" in name and value.ndim > 1 else value
-    first = "time_embedding.linear_1.weight"
-    renamed[first] = reverse_time(renamed[first])
-    for name in ("conv_out.weight", "conv_out.bias"):  # d x / d sigma = - d x / d t
-        renamed[name] = -renamed[name]
-    load_all(unet, renamed)
-    scheduler = FlowMatchSREulerScheduler(
-        source="noise", source_noise_std=1.0, prediction_type="velocity", evaluate_at="middle"
-    )
-    return FlowMatchSRPipeline(unet.eval(), scheduler, data_range=[0.0, 1.0])
-
-
-def flow_matching_name(key: str, levels: int) -> str:
-    """The name of a weight here; `...qkv` for the joint projection, which is split."""
-    swaps = {
-        r"^time_mlp\.net\.0": "time_embedding.linear_1",
-        r"^time_mlp\.net\.2": "time_embedding.linear_2",
-        r"^in_conv": "conv_in",
-        r"^out_conv": "conv_out",
-        r"^out_norm": "norm_out",
-        r"^mid1": "mid_stage.resnets.0",
-        r"^mid2": "mid_stage.resnets.1",
-        r"^mid_attn\.proj": "mid_attn.attn.to_out.0",
-        r"^mid_attn\.qkv\.\w+": "mid_attn.attn.qkv",
-        r"time_to_film\.1": "film",
-    }
-    for pattern, name in swaps.items():
-        key = re.sub(pattern, name, key)
-    if found := re.match(r"down_blocks\.(\d+)\.(.*)", key):  # blocks, strided convolution, blocks, ...
-        level, rest = int(found[1]) // 2, found[2]
-        return f"downsamplers.{level}.{rest}" if int(found[1]) % 2 else f"down_stages.{level}.resnets.{rest}"
-    if found := re.match(r"up_blocks\.(\d+)\.(.*)", key):  # deepest first: blocks, nearest, convolution, ...
-        level, rest = levels - 1 - int(found[1]) // 3, found[2]
-        return f"upsamplers.{level - 1}.{rest}" if int(found[1]) % 3 else f"up_stages.{level}.resnets.{rest}"
-    return key
-
-
-def reverse_time(weight: torch.Tensor) -> torch.Tensor:
-    """The layer behind sin(f t), cos(f t) with t = 1 - sigma, as one behind sin(f sigma), cos(f sigma).
-
-    By the addition theorems; `weight` has shape `(out, 2 * half)`, and f falls from 1 to exp(-4) in `half` steps.
-    """
-    half = weight.shape[1] // 2
-    f = torch.exp(-4 * torch.arange(half, dtype=torch.float64) / (half - 1))
-    of_sin, of_cos = weight.double().chunk(2, dim=1)
-    return torch.cat([of_cos * f.sin() - of_sin * f.cos(), of_sin * f.sin() + of_cos * f.cos()], dim=1).to(weight)
-
-
-# The DDPM project: the residual over the upsampled LR (the cubic of torch and OpenCV) in [-1, 1], cosine betas, DDIM.
-
-
-def prediction_type(path: str | Path) -> str:
-    """What the network predicts, which the project writes into the file name."""
-    name = Path(path).name
-    return "epsilon" if "noise" in name and "v_prediction" not in name else "v_prediction"  # its default
-
-
-def convert_diffusion(state: dict[str, torch.Tensor], scale: int, prediction: str) -> DDPMSRPipeline:
-    levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("downs."))
-    blocks = 1 + max(int(m[1]) for key in state if (m := re.match(r"downs\.0\.(\d+)\.conv1", key)))
-    unet = ContextUNetSRModel(
-        scale_factor=scale,
-        block_out_channels=tuple(state[f"downs.{level}.0.conv1.weight"].shape[0] for level in range(levels)),
-        layers_per_block=blocks,
-        time_embedding_dim=state["time_mlp.0.weight"].shape[1],
-        context_channels=state["context_extractor.projection.weight"].shape[1],
-    )
-    renamed = {}
-    for key, value in state.items():
-        name = diffusion_name(key, levels, blocks)
-        if ".in_proj_" in name:
-            attention, _, kind = name.partition(".in_proj_")
-            for letter, part in zip("qkv", value.chunk(3)):
-                renamed[f"{attention}.to_{letter}.{kind}"] = part
-        else:
-            renamed[name] = value
-    load_all(unet, renamed)
-    scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type=prediction,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return DDPMSRPipeline(unet.eval(), scheduler, target="residual", bicubic_coefficient=-0.75)
-
-
-def diffusion_name(key: str, levels: int, blocks: int) -> str:
-    """The name of a weight here; `...in_proj_weight` for a joint projection, which is split."""
-    swaps = {
-        r"^time_mlp\.0": "time_embedding.linear_1",
-        r"^time_mlp\.2": "time_embedding.linear_2",
-        r"time_mlp\.1": "film",
-        r"^init_conv": "conv_in",
-        r"^final_conv": "conv_out",
-        r"^final_norm": "norm_out",
-        r"conv_block(\d)\.0": r"conv\1",
-        r"conv_block(\d)\.1": r"norm\1",
-        r"residual_connection": "shortcut",
-        r"norm_self_attn": "norm1",
-        r"norm_cross_attn": "norm2",
-        r"norm_ff": "norm3",
-        r"self_attn\.out_proj": "attn1.to_out.0",
-        r"cross_attn\.out_proj": "attn2.to_out.0",
-        r"self_attn\.": "attn1.",
-        r"cross_attn\.": "attn2.",
-        r"^bottleneck\.0": "mid_blocks.0",
-        r"^bottleneck\.1": "transformer_blocks.1",
-        r"^bottleneck\.2": "mid_blocks.1",
-    }
-    for pattern, name in swaps.items():
-        key = re.sub(pattern, name, key)
-    if found := re.match(r"(downs|ups)\.(\d+)\.(\d+)\.(.*)", key):
-        way, level, place, rest = found[1], int(found[2]), int(found[3]), found[4]
-        level = level if way == "downs" else levels - 1 - level
-        if place < blocks:
-            return f"{'down' if way == 'downs' else 'up'}_blocks.{level}.{place}.{rest}"
-        if level == levels - 1 and place == blocks:
-            return f"transformer_blocks.{0 if way == 'downs' else 2}.{rest}"
-        if way == "downs":
-            return f"downsamplers.{level}.{rest}"
-        return f"upsamplers.{level - 1}.{rest.removeprefix('1.')}"  # behind an upsampling without weights
-    return key

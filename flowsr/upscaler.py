@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +26,7 @@ from flowsr.files import (
     with_provenance,
     write_file,
 )
+from flowsr.loading import load_upscaler
 
 
 class Upscaler:
@@ -33,21 +36,22 @@ class Upscaler:
     batch, and `scale`, `device`, `dtype`, `to` and `eval` mean what they mean there.
 
     Args:
-        pipe ([`FlowMatchSRPipeline`] or [`DDPMSRPipeline`]).
+        pipe ([`FlowMatchSRPipeline`] or [`DDPMSRPipeline`]): or a checkpoint of one, as for [`~flowsr.loading.load`].
         seed (`int`): of the noise that every picture starts from.
         **options: further arguments of the pipeline's call, such as `fidelity=1.0`, `num_inference_steps` or `tile`.
 
     Example:
 
-        >>> from flowsr import FlowMatchSRPipeline, Upscaler, bundled
-        >>> model = Upscaler(FlowMatchSRPipeline.from_pretrained(bundled("x4")), fidelity=1.0)
+        >>> from flowsr import Upscaler
+        >>> model = Upscaler("x4", fidelity=1.0)
         >>> large = model(torch.rand(1, 3, 32, 48))  # doctest: +SKIP
     """
 
     input_channels = output_channels = 3
 
-    def __init__(self, pipe: DiffusionPipeline, seed: int = 0, **options):
-        self.pipe, self.seed, self.options = pipe, seed, options
+    def __init__(self, pipe: DiffusionPipeline | str | os.PathLike, seed: int = 0, **options):
+        self.pipe = load_upscaler(pipe) if isinstance(pipe, (str, os.PathLike)) else pipe
+        self.seed, self.options = seed, call_options(self.pipe, **options)
 
     @property
     def scale(self) -> int:
@@ -80,6 +84,26 @@ class Upscaler:
             raise ValueError(f"`image` must have shape (n, 3, h, w), got {tuple(image.shape)}.")
         generators = [torch.Generator().manual_seed(self.seed) for _ in image]
         return self.pipe(image, generator=generators, output_type="pt", **self.options).images.to(image)
+
+
+def call_options(pipe: DiffusionPipeline, fidelity: float = 0.0, **options) -> dict:
+    """Arguments for the call of a pipeline: `fidelity` is left out where it is 0, as a diffusion has no such dial.
+
+    Raises:
+        ValueError: for another `fidelity` and a diffusion.
+    """
+    if fidelity == 0:
+        return options
+    if not has_dial(pipe):
+        raise ValueError(
+            f"`fidelity` is a dial of flow matching, and a {type(pipe).__name__} is a diffusion; leave it at 0."
+        )
+    return {**options, "fidelity": fidelity}
+
+
+def has_dial(pipe: DiffusionPipeline) -> bool:
+    """Whether the call of a pipeline takes `fidelity`."""
+    return "fidelity" in inspect.signature(type(pipe).__call__).parameters
 
 
 def upscale_file(

@@ -166,6 +166,8 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         num_attention_heads (`int`): of every attention.
         time_embedding_dim (`int`): sines and cosines of the timestep; the MLP behind them is 4 times as wide.
         context_channels (`int`): width of the convolutions that read the LR.
+        context_dim (`int`, *optional*): width of the context tokens that they end in; by default that of the deepest
+            level.
         cross_attention_dim (`int`, *optional*): width of the context tokens that the caller gives, those of a vision
             encoder for instance; by default the network makes its own by convolutions on the LR.
         concatenate_lr (`bool`): also put the LR, upsampled by bicubic interpolation, beside the state: for contexts
@@ -197,8 +199,14 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         cross_attention_dim: int | None = None,
         concatenate_lr: bool = False,
         condition_dropout: float = 0.0,
+        context_dim: int | None = None,
     ):
         super().__init__()
+        if cross_attention_dim is not None and context_dim is not None:
+            raise ValueError(
+                f"`context_dim={context_dim}` is the width of tokens that the network makes, and with "
+                f"`cross_attention_dim={cross_attention_dim}` the caller gives them; leave one out."
+            )
         if layers_per_block < 1 or not block_out_channels:
             raise ValueError(
                 "The network needs at least one level and one block in it, got "
@@ -212,9 +220,10 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
             return ContextStage(ContextResBlock(i, width, temb_dim, norm_num_groups) for i in ins)
 
         self.time_embedding = TimestepEmbedding(time_embedding_dim, temb_dim)
-        self.context_extractor = None
+        self.context_extractor, tokens_dim = None, cross_attention_dim
         if cross_attention_dim is None:
-            self.context_extractor = LRContextExtractor(lr_channels, context_channels, last, norm_num_groups)
+            tokens_dim = context_dim or last
+            self.context_extractor = LRContextExtractor(lr_channels, context_channels, tokens_dim, norm_num_groups)
         self.conv_in = nn.Conv2d(in_channels + lr_channels * concatenate_lr, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(stage(widths[max(level - 1, 0)], w) for level, w in enumerate(widths))
         self.up_blocks = nn.ModuleList(stage(2 * w, w) for w in widths)
@@ -223,7 +232,7 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         self.mid_blocks = nn.ModuleList(ContextResBlock(last, last, temb_dim, norm_num_groups) for _ in range(2))
         # On the way down, in the middle, on the way up.
         self.transformer_blocks = nn.ModuleList(
-            ContextTransformerBlock(last, num_attention_heads, cross_attention_dim or last) for _ in range(3)
+            ContextTransformerBlock(last, num_attention_heads, tokens_dim) for _ in range(3)
         )
         self.norm_out = group_norm(widths[0], norm_num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 1)
@@ -284,7 +293,7 @@ class ContextUNetSRModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMix
         temb = self.time_embedding(temb.to(dtype))
         context = encoder_hidden_states
         if context is None:
-            context = self.context_extractor(lr.to(dtype))  # (b, h * w, last width)
+            context = self.context_extractor(lr.to(dtype))  # (b, h * w, context_dim)
         context, state = context.to(dtype), sample.to(dtype)
         if drop_condition is not None:
             context = context * ~drop_condition[:, None, None]

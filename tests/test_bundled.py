@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import flowsr
-from flowsr.cli import example_photo
 from flowsr.degradations import downscale
+from flowsr.demo import example_photo
 from flowsr.evaluate import evaluate, load_pairs
 from flowsr.files import read_picture
 from flowsr.metrics import lr_psnr, psnr_y

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from test_ddpm import make_ddpm
 from test_solvers import make_generator
 
+from flowsr.card import KEPT, model_card
 from flowsr.cli import main
-from flowsr.pipelines.card import KEPT, model_card
-from flowsr.publish import write_card
+from flowsr.hub import write_card
 
 SETTINGS = {
     "train_data_dir": ["/somewhere/private/photos", "bsds399"],

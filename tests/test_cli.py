@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,6 +11,7 @@ import PIL.ImageCms
 import pytest
 from conftest import make_pipeline, random_picture, smooth_picture
 
+import flowsr
 from flowsr.cli import main
 from flowsr.files import UnreadableError, read_picture, save_picture
 
@@ -150,6 +152,13 @@ def test_info_and_demo(checkpoint, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "x4" in out
     assert "exact, halo 44 pixels" in out
+    assert main(["info", "--json", "--checkpoint", "digits"]) == 0
+    parts = json.loads(capsys.readouterr().out)
+    assert set(parts["bundled"]) == {
+        path.parent.name for path in Path(flowsr.__file__).parent.glob("weights/*/model_index.json")
+    }
+    assert {"device", "memory", "precision"} <= set(parts["machine"])
+    assert parts["checkpoint"]["scale"] == "none: it generates pictures"
     assert run(checkpoint, "demo", "-o", tmp_path / "demo", "--steps", 1) == 0
     out = capsys.readouterr().out
     assert "PSNR-Y" in out
@@ -159,10 +168,52 @@ def test_info_and_demo(checkpoint, tmp_path, capsys):
 
 
 def test_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "flowsr.cli", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
+    def run_module(*arguments):
+        done = subprocess.run([sys.executable, "-m", "flowsr", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     for command in ("upscale", "evaluate", "info", "card", "demo"):
-        assert command in done.stdout
+        assert command in run_module("--help")
+        assert "flowsr " + command in run_module(command, "--help").rpartition("\nexample")[2]
+    assert run_module("--version") == f"flowsr {flowsr.__version__}\n"
+
+
+def test_completion_knows_commands_and_options(capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert "upscale" in script
+    assert "--fidelity" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_upscale_reports_in_json_or_not_at_all(checkpoint, tmp_path, capsys):
+    random_picture(5, 4).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    pictures = tmp_path / "a.png", tmp_path / "b.png"
+    assert run(checkpoint, "upscale", *pictures, "-o", tmp_path / "out", "--json") == 1
+    captured = capsys.readouterr()
+    good, bad = map(json.loads, captured.out.splitlines())
+    assert (good["input"], good["output"]) == (str(tmp_path / "a.png"), str(tmp_path / "out/a.png"))
+    assert (good["width"], good["height"]) == PIL.Image.open(good["output"]).size == (20, 16)
+    assert bad["input"] == str(tmp_path / "b.png")
+    assert f"flowsr: {bad['error']}" in captured.err
+    assert run(checkpoint, "upscale", pictures[0], "-o", tmp_path / "out", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_diffusion_in_the_demo_and_the_dial_that_it_lacks(tmp_path, capsys):
+    assert main(["demo", "--checkpoint", "ddpm_x4", "-o", str(tmp_path / "demo"), "--steps", "1"]) == 0
+    assert "flowsr, 1 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["comparison.png", "flowsr.png", "lr.png"]
+    random_picture(5, 4).save(tmp_path / "a.png")
+    call = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--checkpoint"]
+    assert main([*call, "ddpm_x4", "--fidelity", "0.5"]) == 1
+    assert "a dial of flow matching" in capsys.readouterr().err
+    assert main([*call, "digits"]) == 1
+    assert "generates pictures and upscales none" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -25,7 +25,9 @@ from flowsr import (
     FlowMatchSREulerScheduler,
     FlowMatchSRPipeline,
 )
-from flowsr.conversion import ConversionError, convert, diffusion_name, reverse_time, write_single_file
+from flowsr.conversion import ConversionError, convert, write_single_file
+from flowsr.models.unet_sr_context import ContextAttention
+from flowsr.originals import diffusion_name, reverse_time
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT.parent / "shared/fixtures"
@@ -85,30 +87,74 @@ def test_ddpm_states_of_every_kind(tmp_path):
     assert convert(tmp_path / "model_noise_best.pth").scheduler.config.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize(("widths", "blocks"), [((16, 32, 64), 2), ((16,), 1), ((8, 16), 3)])
-def test_ddpm_sizes_are_read_off_the_shapes(tmp_path, widths, blocks):
-    # The names of the original, given to the weights of a random network here.
+def write_original(folder: Path, widths: tuple[int, ...], blocks: int, context_dim: int | None = None):
+    """Writes x_best.pth: the names of the DDPM project, given to the weights of a random network, which it returns."""
     unet = ContextUNetSRModel(
-        block_out_channels=widths, layers_per_block=blocks, time_embedding_dim=16, context_channels=24
+        block_out_channels=widths,
+        layers_per_block=blocks,
+        time_embedding_dim=16,
+        context_channels=24,
+        context_dim=context_dim,
     )
-    ours = unet.state_dict()
-    levels, originals = len(widths), {}
-    for key in ddpm_keys(levels, blocks, widths):
+    ours, levels, original = unet.state_dict(), len(widths), {}
+    for key in ddpm_keys(levels, blocks, widths, context_dim):
         name = diffusion_name(key, levels, blocks)
         if ".in_proj_" in name:
             attention, _, kind = name.partition(".in_proj_")
-            originals[key] = torch.cat([ours.pop(f"{attention}.to_{letter}.{kind}") for letter in "qkv"])
+            original[key] = torch.cat([ours.pop(f"{attention}.to_{letter}.{kind}") for letter in "qkv"])
         else:
-            originals[key] = ours.pop(name)
+            original[key] = ours.pop(name)
     assert not ours
-    torch.save(originals, tmp_path / "x_best.pth")
+    torch.save(original, folder / "x_best.pth")
+    return unet
+
+
+@pytest.mark.parametrize(
+    ("widths", "blocks", "context_dim"),
+    [((16, 32, 64), 2, None), ((16,), 1, None), ((8, 16), 3, None), ((8, 16), 1, 40)],
+)
+def test_ddpm_sizes_are_read_off_the_shapes(tmp_path, widths, blocks, context_dim):
+    unet = write_original(tmp_path, widths, blocks, context_dim)
     converted = convert(tmp_path / "x_best.pth").unet
     assert converted.config.block_out_channels == widths
+    assert converted.config.context_dim == context_dim
     for name, value in unet.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value)
 
 
-def ddpm_keys(levels: int, blocks: int, widths: tuple[int, ...]) -> list[str]:
+def test_attention_to_a_context_of_another_width_is_that_of_torch():
+    original = torch.nn.MultiheadAttention(16, 4, kdim=40, vdim=40, batch_first=True)  # as the DDPM project has it
+    torch.nn.init.normal_(original.in_proj_bias)
+    ours, renamed = ContextAttention(16, 4, context_dim=40), {}
+    for key, value in original.state_dict().items():
+        name = diffusion_name(f"bottleneck.1.cross_attn.{key}", 1, 1).removeprefix("transformer_blocks.1.attn2.")
+        if name == "in_proj_bias":
+            renamed |= {f"to_{letter}.bias": part for letter, part in zip("qkv", value.chunk(3))}
+        else:
+            renamed[name] = value
+    ours.load_state_dict(renamed)
+    tokens, context = torch.randn(2, 5, 16), torch.randn(2, 7, 40)
+    torch.testing.assert_close(ours(tokens, context), original(tokens, context, context)[0])
+
+
+def test_the_prediction_type_can_be_given(tmp_path, capsys):
+    write_original(tmp_path, (16,), 1)  # x_best.pth, whose name says nothing
+    for given, found in (("epsilon", "epsilon"), ("v_prediction", "v_prediction"), (None, "v_prediction")):
+        out = tmp_path / str(given)
+        assert run(tmp_path / "x_best.pth", out, *(["--prediction_type", given] if given else [])) == 0
+        assert f"x4, {found}, in" in capsys.readouterr().out
+        assert DDPMSRPipeline.from_pretrained(out).scheduler.config.prediction_type == found
+    assert run(tmp_path / "epsilon", tmp_path / "again", "--prediction_type", "v_prediction") == 1
+    assert "tells itself what its network predicts" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_width_of_the_context_has_one_owner():
+    with pytest.raises(ValueError, match="`context_dim=12` is the width of tokens that the network makes"):
+        ContextUNetSRModel(block_out_channels=(8,), context_dim=12, cross_attention_dim=12)
+
+
+def ddpm_keys(levels: int, blocks: int, widths: tuple[int, ...], context_dim: int | None) -> list[str]:
     """The keys of the original network, as the fixture shows them."""
     weight_and_bias = lambda *names: [f"{n}.{kind}" for n in names for kind in ("weight", "bias")]  # noqa: E731
 
@@ -123,7 +169,9 @@ def ddpm_keys(levels: int, blocks: int, widths: tuple[int, ...]) -> list[str]:
     def transformer(name):
         keys = weight_and_bias(*(f"{name}.norm_{n}" for n in ("self_attn", "cross_attn", "ff")))
         for attention in ("self_attn", "cross_attn"):
-            keys += [f"{name}.{attention}.in_proj_weight", f"{name}.{attention}.in_proj_bias"]
+            joint = context_dim is None or attention == "self_attn"
+            weights = ["in_proj_weight"] if joint else [f"{letter}_proj_weight" for letter in "qkv"]
+            keys += [f"{name}.{attention}.{kind}" for kind in (*weights, "in_proj_bias")]
             keys += weight_and_bias(f"{name}.{attention}.out_proj")
         return keys + weight_and_bias(f"{name}.ff.0", f"{name}.ff.2")
 
@@ -328,8 +376,8 @@ def test_single_files_that_do_not_fit_are_named(tmp_path, capsys):
         "unet.more": ({**weights, "unet.more": torch.zeros(1)}, texts),
         "belongs to none of": ({**weights, "vae.more": torch.zeros(1)}, texts),
         "has no weights": ({**weights, "scheduler.more": torch.zeros(1)}, texts),
-        "A Popen is wanted": (weights, {**texts, "model_index.json": strange[0]}),
-        "A DDIMPipeline is wanted": (
+        "has a class 'Popen'": (weights, {**texts, "model_index.json": strange[0]}),
+        "has a class 'DDIMPipeline'": (
             weights,
             {**texts, "model_index.json": strange[1]},
         ),

@@ -322,7 +322,7 @@ def push_from_the_commands(folder):
     hub = Hub()
     os.environ.update(hub.environment(f"{folder}/home"))
     from conftest import make_pipeline
-    from test_conversion import test_ddpm_sizes_are_read_off_the_shapes as write_original
+    from test_conversion import write_original
 
     import convert_checkpoint
     from flowsr import DDPMSRPipeline

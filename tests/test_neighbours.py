@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 
-from flowsr import Upscaler, bundled
+from flowsr import DDPMSRPipeline, Upscaler, bundled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +32,14 @@ def test_upscaler_hands_options_on_and_refuses_other_shapes(pipe):
     for wrong in (torch.rand(3, 4, 4), torch.rand(1, 4, 4, 4)):
         with pytest.raises(ValueError, match=r"shape \(n, 3, h, w\)"):
             Upscaler(pipe)(wrong)
+
+
+def test_upscaler_takes_checkpoints_by_name():
+    image = torch.rand(1, 3, 4, 4)
+    pipe = DDPMSRPipeline.from_pretrained(bundled("ddpm_x4"))
+    assert torch.equal(Upscaler("ddpm_x4", num_inference_steps=1)(image), Upscaler(pipe, num_inference_steps=1)(image))
+    with pytest.raises(ValueError, match="`fidelity` is a dial of flow matching"):
+        Upscaler(pipe, fidelity=0.5)
 
 
 @pytest.fixture
@@ -72,5 +80,6 @@ def test_comfyui_node_with_the_bundled_network(node):
 def test_comfyui_node_with_alpha_and_another_checkpoint(node, tmp_path):
     make_pipeline(scale_factor=2, patch_size=2).save_pretrained(tmp_path)
     assert node(torch.rand(1, 4, 4, 4), checkpoint=str(tmp_path))[0].shape == (1, 8, 8, 4)
+    assert node(torch.rand(1, 4, 4, 3), checkpoint="ddpm_x4", steps=1)[0].shape == (1, 16, 16, 3)
     with pytest.raises(ValueError, match="no bundled checkpoint"):
         node(torch.rand(1, 4, 4, 3), checkpoint="x9")

@@ -86,7 +86,7 @@ sys.path[0] = target
 import flowsr
 assert flowsr.__file__.startswith(target)
 pipe = flowsr.FlowMatchSRPipeline.from_pretrained(flowsr.bundled("x4"))
-from flowsr.cli import example_photo
+from flowsr.demo import example_photo
 assert str(example_photo()).startswith(target)
 print("works")
 """

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_pipeline, make_unet, random_picture
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    ConfigMixin,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UNet2DModel,
+)
 
 from flowsr import DDPMSRPipeline, FlowMatchPipeline, FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.cli import main
-from flowsr.pipelines.sharing import single_file
+from flowsr.hub import single_file
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 
@@ -100,6 +107,55 @@ class Derived(FlowMatchSRPipeline):
 
 def test_a_derived_class_loads_what_its_base_saved(folder):
     assert type(Derived.from_pretrained(folder)) is Derived
+
+
+class Private(ModelMixin, ConfigMixin):
+    """A network that somebody defines in a script of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+
+def test_the_source_of_a_class_of_ones_own_does_not_travel(folder, tmp_path):
+    with_component = FlowMatchSRPipeline(make_unet(), FlowMatchSREulerScheduler(source="prior"), prior=Private())
+    for pipe, message in {
+        with_component: "`prior` is a Private of the module test_sharing. A saved pipeline holds the source",
+        Derived.from_pretrained(folder): "The pipeline is a Derived of the module test_sharing",
+    }.items():
+        for save in (pipe.save_pretrained, pipe.save_config):
+            with pytest.raises(ValueError, match=message):
+                save(tmp_path / "new")
+        with pytest.raises(ValueError, match=message):  # before the Hub is asked for a repository
+            pipe.push_to_hub("me/new")
+    assert not (tmp_path / "new").exists()
+    FlowMatchSRPipeline.from_pipe(Derived.from_pretrained(folder)).save_pretrained(tmp_path / "new")  # the way out
+    assert (tmp_path / "new/model_index.json").is_file()
+
+
+def test_a_component_that_cannot_be_saved_is_named_before_anything_is_written(tmp_path):
+    pipe = make_pipeline()
+    pipe.unet = torch.nn.Identity()
+    with pytest.raises(ValueError, match="`unet` is a Identity, which cannot be saved"):
+        pipe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["from . import beside", "from .beside import *", "from .beside import x as y", "from ..models import x"]
+)
+def test_an_import_that_one_file_cannot_hold_is_named(line, tmp_path):
+    (tmp_path / "beside.py").write_text("x = 1\n")
+    for text in (line, f"def f():\n    {line}" if "*" not in line else line):
+        (tmp_path / "component.py").write_text(f"import os\n{text}\n")
+        with pytest.raises(ValueError, match=r"component.py, line \d: `from .*` cannot travel with a checkpoint"):
+            single_file(tmp_path / "component.py")
+
+
+def test_cards_and_errors_of_the_hub_stay_at_home(folder):
+    for path in folder.rglob("*.py"):
+        for word in ("huggingface_hub", "ModelCard", "403"):
+            assert word not in path.read_text(), path
 
 
 NEWER = {

@@ -4,7 +4,8 @@ from functools import lru_cache
 
 import torch
 
-from flowsr.cli import load
+from flowsr.loading import best_device, load_upscaler
+from flowsr.upscaler import call_options
 
 
 def device() -> torch.device:
@@ -12,14 +13,16 @@ def device() -> torch.device:
     try:
         from comfy.model_management import get_torch_device
     except ImportError:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     return get_torch_device()
 
 
 @lru_cache(maxsize=1)
 def pipeline(checkpoint: str, where: torch.device):
-    """The pipeline of a bundled name, a folder or a Hub id; the last one used stays loaded."""
-    return load(checkpoint, str(where))
+    """The pipeline of a checkpoint; the last one used stays loaded."""
+    pipe = load_upscaler(checkpoint, where)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 class FlowSRUpscale:
@@ -35,7 +38,7 @@ class FlowSRUpscale:
         return {
             "required": {
                 "image": ("IMAGE",),
-                "checkpoint": ("STRING", {"default": "x4", "tooltip": "a bundled name, a folder or a Hub id"}),
+                "checkpoint": ("STRING", {"default": "x4", "tooltip": "bundled name, folder, single file or Hub id"}),
                 "fidelity": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05}),
                 "steps": ("INT", {"default": 4, "min": 1, "max": 100}),
                 "consistency": (["none", "soft", "exact"],),
@@ -56,15 +59,16 @@ class FlowSRUpscale:
     ) -> tuple[torch.Tensor]:
         # Nodes that interpolate overshoot [0, 1] a little; ComfyUI clamps where a picture leaves it, and so does this.
         pictures = image.clamp(0, 1).movedim(-1, 1)
-        large = pipeline(checkpoint, device())(
-            pictures,
+        pipe = pipeline(checkpoint, device())
+        options = call_options(
+            pipe,
+            fidelity,
             num_inference_steps=steps,
-            fidelity=fidelity,
             consistency=None if consistency == "none" else consistency,
             tile=tile or None,
-            generator=[torch.Generator().manual_seed((seed + number) % 2**64) for number in range(len(pictures))],
-            output_type="pt",
-        ).images
+        )
+        generators = [torch.Generator().manual_seed((seed + number) % 2**64) for number in range(len(pictures))]
+        large = pipe(pictures, generator=generators, output_type="pt", **options).images
         return (large.movedim(1, -1).cpu(),)
 
 
