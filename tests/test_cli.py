@@ -200,7 +200,7 @@ def test_upscale_reports_in_json_or_not_at_all(checkpoint, tmp_path, capsys):
     assert (good["width"], good["height"]) == PIL.Image.open(good["output"]).size == (20, 16)
     assert bad["input"] == str(tmp_path / "b.png")
     assert f"flowsr: {bad['error']}" in captured.err
-    assert run(checkpoint, "upscale", pictures[0], "-o", tmp_path / "out", "--quiet") == 0
+    assert run(checkpoint, "upscale", pictures[0], "-o", tmp_path / "out", "--quiet", "--overwrite") == 0
     assert capsys.readouterr() == ("", "")
 
 
