@@ -54,6 +54,7 @@ from flowsr.objectives import (
     perceptual_loss,
     sigmas_for,
     timesteps_for,
+    unrolling_for,
 )
 from flowsr.optimizers import OPTIMIZERS, make_optimizer
 from flowsr.pipelines.conditioning import estimate
@@ -121,6 +122,10 @@ class Settings:
         default=None,
         metadata={"help": "safetensors of LPIPS v0.1 with SqueezeNet: for `perceptual_weight`, and for validation"},
     )
+    unroll_weight: float = field(
+        default=0.0,
+        metadata={"help": "for `train: head`: of L1 at states of the sampler itself, where LPIPS is then taken too"},
+    )
     timestep_law: str = field(default="stratified", metadata={"help": f"of the times: {', '.join(LAWS)}"})
     sigma_atom: float = field(default=0.4, metadata={"help": "share of a flow's crops at sigma = 1, the one step"})
 
@@ -171,7 +176,7 @@ class Settings:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        weights = ("colour_weight", "perceptual_weight", "frequency_weight")
+        weights = ("colour_weight", "perceptual_weight", "frequency_weight", "unroll_weight")
         for name in (*weights, "lora_rank", "cache_gib", "num_validation_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
@@ -198,6 +203,8 @@ class Settings:
                 "`teacher` and `frequency_weight` are for the posterior mean: set `train: encoder`, got "
                 f"{self.train!r}."
             )
+        if self.unroll_weight and self.train != "head":
+            raise ValueError(f"`unroll_weight` is for the head: set `train: head`, got {self.train!r}.")
         if self.teacher and (self.degradation != "bicubic" or self.streaming):
             raise ValueError("`teacher` answers to whole pictures: set `degradation: bicubic`, `streaming: false`.")
         if not 0 <= self.ema_decay < 1:
@@ -432,6 +439,12 @@ def main(arguments: list[str]) -> None:
         velocity = scheduler.predict_velocity(prediction, x_t, timestep)
         target = scheduler.get_velocity(hr, source, timestep)
         loss = torch.where(sigma == 1, distance_at_end(velocity, target), distance(velocity, target)).mean()
+        if settings.unroll_weight:
+            image = own_state_estimate(source, conditions, index)
+            loss = loss + settings.unroll_weight * distance(image, hr).mean()
+            if settings.perceptual_weight:
+                loss = loss + settings.perceptual_weight * lpips(pipe.from_data_range(image), batch["hr"]).mean()
+            return loss
         if settings.perceptual_weight or settings.colour_weight:
             image = scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight:
@@ -440,6 +453,22 @@ def main(arguments: list[str]) -> None:
         if settings.colour_weight:
             loss = loss + settings.colour_weight * colour_loss(image, conditions["lr"])
         return loss
+
+    def own_state_estimate(source: torch.Tensor, conditions: dict, index: torch.Tensor) -> torch.Tensor:
+        """The head's image at a state that sampling itself meets (scheduled sampling, Bengio et al. 2015).
+
+        Each crop stands somewhere within 2, 4 or 8 steps; only the last evaluation has a gradient.
+        """
+        steps, done = unrolling_for(index, settings.seed)
+        sigma = 1 - 1 / steps  # the first step, at sigma = 1, goes to the mean
+        x_t = scheduler.add_noise(conditions["encoding"].mean, source, sigma * scheduler.config.num_train_timesteps)
+        with torch.no_grad():
+            for number in range(int(done.max())):
+                image = unet(x_t, sigma * scheduler.config.num_train_timesteps, **conditions).sample
+                following = torch.where(done > number, sigma - 1 / steps, sigma)
+                x_t = image + (x_t - image) * (following / sigma)[:, None, None, None]  # Euler's step
+                sigma = following
+        return unet(x_t, sigma * scheduler.config.num_train_timesteps, **conditions).sample
 
     def diffusion_loss(batch: dict) -> torch.Tensor:
         """Ho et al. 2020, eq. 14, for the noise; Salimans and Ho 2022, appendix D, for v; or the sample itself."""

@@ -160,6 +160,20 @@ def timesteps_for(index: torch.Tensor, seed: int, count: int, law: str = "strati
     return (u * count).long().clamp(max=count - 1).to(index.device)
 
 
+def unrolling_for(index: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Within how many steps of the sampler each crop is seen (2, 4 or 8), and how many heads lie behind it (0 to 2).
+
+    The step at sigma = 1 has no head, so a crop with n steps and k heads behind it stands at sigma = 1 - (k + 1) / n.
+
+    Returns:
+        Two tensors of shape `(batch,)`: float32 and int64.
+    """
+    kind = (kronecker(index, seed + 2, GOLDEN_RATIO) * 3).long()
+    heads = torch.tensor([1, 3, 3])[kind]  # of which the last is the one that learns
+    done = (kronecker(index, seed + 3, SILVER_RATIO) * heads).long()
+    return torch.tensor([2.0, 4.0, 8.0])[kind].to(index.device), done.to(index.device)
+
+
 # Chance.
 
 

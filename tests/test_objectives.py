@@ -20,6 +20,7 @@ from flowsr.objectives import (
     rmse,
     sigmas_for,
     timesteps_for,
+    unrolling_for,
 )
 
 
@@ -144,3 +145,13 @@ def test_noise_of_a_crop_does_not_depend_on_its_batch():
     draw = lambda index: [torch.rand(3, generator=g) for g in generators_for(torch.tensor(index), 5)]  # noqa: E731
     assert torch.equal(draw([4, 9])[1], draw([9])[0])
     assert not torch.equal(draw([4])[0], draw([9])[0])
+
+
+def test_unrolled_crops_stand_on_grids_of_the_sampler():
+    steps, done = unrolling_for(torch.arange(9000), seed=3)
+    stands = {(int(n), int(k)) for n, k in zip(steps, done)}
+    assert stands == {(2, 0), (4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 2)}
+    for count in (2, 4, 8):
+        assert float((steps == count).float().mean()) == pytest.approx(1 / 3, abs=0.01)
+    halves = [unrolling_for(part, seed=3) for part in torch.arange(9000).chunk(2)]
+    assert torch.equal(torch.cat([half[1] for half in halves]), done)
