@@ -333,7 +333,7 @@ def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo
     assert all(torch.equal(value, kept[name]) for name, value in prior.state_dict().items())
     done = train_script(*tiny(photo_folder, out, *arguments))
     assert done.status == 1
-    assert "need each other" in done.output
+    assert "needs a `prior` in `pipeline`" in done.output
 
 
 def test_a_diffusion_may_look_at_a_vision_encoder(train_script, photo_folder, tmp_path):
