@@ -119,6 +119,8 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--lr", help="folder of low-resolution ones (default: MATLAB's bicubic of the first)")
     it.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="network evaluations (default: 1 4)")
     it.add_argument("--lpips_weights", help="safetensors of LPIPS v0.1 with SqueezeNet")
+    it.add_argument("--curve", metavar="PNG", help="measure the whole dial and plot PSNR-Y against LPIPS")
+    it.add_argument("--others", metavar="CSV", help="other systems for the plot: columns system, psnr_y, lpips")
     it.add_argument("--json", metavar="FILE", help="also write every number to this file")
     flow_options(it)
 
@@ -276,22 +278,26 @@ def pipeline_of(options: argparse.Namespace):
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    pipe = pipeline_of(options)
-    from flowsr.evaluate import evaluate as measure
-    from flowsr.evaluate import load_pairs, markdown_table
-    from flowsr.upscaler import call_options
+    from flowsr import evaluate as judge
 
-    pairs = load_pairs(options.hr, options.lr, pipe.scale_factor)
-    result = measure(
-        pipe,
-        pairs,
-        steps=options.steps,
-        seed=options.seed,
-        lpips_weights=options.lpips_weights,
-        **call_options(pipe, options.fidelity, consistency=options.consistency, tile=options.tile or None),
-    )
+    if options.others and not options.curve:
+        raise ValueError("`--others` is drawn into the plot of `--curve PNG`; give that too.")
+    if options.curve and options.fidelity:
+        raise ValueError(f"`--curve` measures the whole dial; leave `--fidelity`, got {options.fidelity}.")
+    others = judge.read_others(options.others) if options.others else []
+    pipe = pipeline_of(options)
+    pairs = judge.load_pairs(options.hr, options.lr, pipe.scale_factor)
+    how = {"consistency": options.consistency, "seed": options.seed, "tile": options.tile or None}
+    how["lpips_weights"] = options.lpips_weights
+    if options.curve:
+        result = judge.curve(pipe, pairs, options.steps, **how)
+        judge.plot_curve(
+            result, others, options.curve, f"{Path(options.hr).resolve().parent.name}, x{pipe.scale_factor}"
+        )
+    else:
+        result = judge.evaluate(pipe, pairs, options.steps, options.fidelity, **how)
     print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
-    print(markdown_table(result))
+    print(judge.markdown_table(result))
     if options.json:
         partial = Path(f"{options.json}.partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
