@@ -1,7 +1,8 @@
 """Trains a pipeline of flowsr, on one CPU as on a cluster.
 
-    accelerate launch train_sr.py --train_data_dir PHOTOS                        # the x4 network of configs/x4.yaml
-    accelerate launch train_sr.py --dataset_name DIV2K                           # on the 800 pictures of DIV2K
+    accelerate launch train_sr.py --train_data_dir PHOTOS                  # an encoder: configs/x4_encoder.yaml
+    accelerate launch train_sr.py --dataset_name DIV2K                     # on the 800 pictures of DIV2K
+    accelerate launch train_sr.py --config configs/x4_head.yaml --pretrained_model_name_or_path runs/x4_encoder ...
     accelerate launch train_sr.py --config configs/tiny.yaml --train_data_dir PHOTOS     # a first try, in seconds
     accelerate launch train_sr.py --train_data_dir PHOTOS --resume_from_checkpoint latest     # after any interruption
     accelerate launch train_sr.py --train_data_dir PHOTOS --pretrained_model_name_or_path OLD     # fine-tuning
@@ -61,7 +62,7 @@ from flowsr.pipelines.conditioning import estimate
 from flowsr.teacher import teacher_from
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4_encoder.yaml"
 STRICT_ABOUT_LAYOUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # weights in channels_last are refused
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal, as shells have it
 
@@ -249,7 +250,7 @@ class Progress:
 
 
 def parse_settings(arguments: list[str]) -> Settings:
-    """Defaults, then the YAML file behind `--config` (configs/x4.yaml if none is given), then the other flags."""
+    """Defaults, then the YAML file of `--config` (by default configs/x4_encoder.yaml), then the other flags."""
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0])
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file of the settings below")
     config = Path(parser.parse_known_args(arguments)[0].config)

@@ -2,8 +2,8 @@
 
     python benchmarks/data.py PHOTOS
 
-The share is measured beside the training step of configs/x4.yaml: while pictures are decoded for the first time, and
-once they are kept in memory.
+The share is measured beside the training step of configs/flow_unet_x4.yaml: while pictures are decoded for the first
+time, and once they are kept in memory.
 """
 
 import argparse
