@@ -13,11 +13,14 @@ import os
 import shutil
 from pathlib import Path
 
+import yaml
+
 MANIFEST = "manifest.json"
+SETTINGS = "settings.yaml"
 
 
-def save(accelerator, output_dir: Path, step: int, limit: int) -> Path:
-    """Writes `checkpoint-STEP`, then removes the oldest beyond `limit`.
+def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -> Path:
+    """Writes `checkpoint-STEP` with the settings that it was trained with, then removes the oldest beyond `limit`.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; older checkpoints are as they were.
@@ -30,6 +33,7 @@ def save(accelerator, output_dir: Path, step: int, limit: int) -> Path:
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            write_settings(settings, partial)
             seal(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -49,6 +53,18 @@ def remove_oldest(output_dir: Path, step: int, limit: int) -> None:
     """Keeps the newest `limit` checkpoints up to `step`; later ones, which resuming has passed over, stay."""
     for old in [path for path in found_in(output_dir) if step_of(path) <= step][:-limit]:
         shutil.rmtree(old)
+
+
+def write_settings(settings: dict, folder: Path) -> None:
+    (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def settings_of(checkpoint: Path) -> dict:
+    """The settings that a checkpoint was trained with; those beside it where it holds none, or an empty dict."""
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / SETTINGS).is_file():
+            return yaml.safe_load((folder / SETTINGS).read_text())
+    return {}
 
 
 def seal(folder: Path) -> None:

@@ -144,3 +144,12 @@ def test_noise_of_a_crop_does_not_depend_on_its_batch():
     draw = lambda index: [torch.rand(3, generator=g) for g in generators_for(torch.tensor(index), 5)]  # noqa: E731
     assert torch.equal(draw([4, 9])[1], draw([9])[0])
     assert not torch.equal(draw([4])[0], draw([9])[0])
+
+
+def test_noise_of_any_seed():
+    first = lambda seed, index: int(generators_for(torch.tensor([index]), seed)[0].initial_seed())  # noqa: E731
+    assert first(5, 7) == 5 * 2**40 + 7  # as ever
+    assert first(2**24 - 1, 0) == (2**24 - 1) * 2**40
+    large = [first(seed, index) for seed in (2**24, 2**24 + 1, 2**32) for index in (0, 1, 2**39)]
+    assert len({*large, first(0, 0), first(0, 1)}) == len(large) + 2
+    assert sigmas_for(torch.arange(4), 2**31, 0.4, law="uniform").min() > 0
