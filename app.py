@@ -79,7 +79,7 @@ def build(page: Page) -> gr.Blocks:
             page.settle, [work, fidelity], [slider, pair, words], show_progress_on=slider, **network
         )
         fidelity.input(page.turn, [work, fidelity], [slider, words], **at_once)
-        painted = canvas.change(page.paint, [work, canvas, fidelity], [slider, pair, words], **at_once)
+        painted = canvas.input(page.paint, [work, canvas, fidelity], [slider, pair, words], **at_once)
         stop.click(page.cancel, None, words, queue=False, **hidden)
         for event in (started.success, released.success, painted.success, format.change, outscale.change):
             event(page.save, *filed, **hidden)

@@ -38,18 +38,26 @@ def picture_input(**options) -> gr.Image:
 
 
 class Work:
-    """A picture of one session: both ends, what is seen of them, and where the dial and the brush stand."""
+    """A picture of one session: both ends, what is seen of them, and where the dial and the brush stand.
 
-    def __init__(self, name: str, ends: Ends):
-        self.name, self.ends = name, ends
-        self.fidelity: float | np.ndarray = 0.0
-        self.exact = True  # rather than a blend
+    Attributes:
+        dial: fidelity where nothing is painted.
+        strokes: map of what is painted, NaN elsewhere; `None` where nothing is.
+        exact: the flow's own answer stands, rather than a blend.
+    """
+
+    def __init__(self, name: str, ends: Ends, dial: float):
+        self.name, self.ends, self.dial = name, ends, dial
+        self.strokes: np.ndarray | None = None
+        self.exact = True
         self.faithful, self.vivid = seen(ends.faithful), seen(ends.vivid)
         self.bicubic = as_rgb(ends.source).resize(self.faithful.size, PIL.Image.BICUBIC)
 
     @property
-    def painted(self) -> bool:
-        return isinstance(self.fidelity, np.ndarray)
+    def fidelity(self) -> float | np.ndarray:
+        if self.strokes is None:
+            return self.dial
+        return np.where(np.isnan(self.strokes), np.float32(self.dial), self.strokes)
 
     def glance(self) -> PIL.Image.Image:
         """The blend at the size that is seen, in milliseconds."""
@@ -61,7 +69,7 @@ class Work:
     def result(self, pipe: DiffusionPipeline) -> PictureFile:
         """The picture as the dial and the brush stand, whole."""
         if self.exact:
-            return at_fidelity(pipe, self.ends, self.fidelity)
+            return at_fidelity(pipe, self.ends, self.dial)
         height, width = self.ends.vivid.frames[0].shape[:2]
         return self.ends.blend(self.fidelity, FEATHER * max(height, width))
 
@@ -156,9 +164,9 @@ class Page:
         options = {"num_inference_steps": steps, "consistency": agreement(consistency), "tile": 256}
         with self.one_at_a_time:
             on_step = self.watch(request.session_hash, progress, 1 + steps * (1 if fidelity in (0, 1) else 2))
-            work = Work(Path(path).stem, both_ends(self.pipe, picture, int(seed), on_step, **options))
-            work.fidelity = float(fidelity)
-            shown = seen(at_fidelity(self.pipe, work.ends, work.fidelity, on_step))
+            ends = both_ends(self.pipe, picture, int(seed), on_step, **options)
+            shown = seen(at_fidelity(self.pipe, ends, float(fidelity), on_step))
+        work = Work(Path(path).stem, ends, float(fidelity))
         heat = PIL.Image.fromarray(invention_heat(np.asarray(work.faithful), np.asarray(work.vivid)))
         pair = side_by_side([work.bicubic, shown])
         canvas = {"background": work.faithful, "layers": [], "composite": None}
@@ -166,9 +174,9 @@ class Page:
 
     def turn(self, work: Work | None, fidelity: float) -> tuple:
         """The dial in motion: a blend of the ends."""
-        if work is None or work.painted:
+        if work is None:
             return gr.skip(), gr.skip()
-        work.fidelity, work.exact = float(fidelity), fidelity in (0, 1)
+        work.dial, work.exact = float(fidelity), work.strokes is None and fidelity in (0, 1)
         return (work.bicubic, work.glance()), self.words(work)
 
     def settle(
@@ -179,35 +187,41 @@ class Page:
         progress=gr.Progress(),  # noqa: B008
     ) -> tuple:
         """The dial let go: the answer of the flow itself. A painted map stays a blend."""
-        if work is None or work.painted:
+        if work is None:
             return gr.skip(), gr.skip(), gr.skip()
+        work.dial = float(fidelity)
+        if work.strokes is not None:
+            return self.views(work, work.glance())
         with self.one_at_a_time:
             on_step = self.watch(request.session_hash, progress, work.ends.options["num_inference_steps"])
-            shown = seen(at_fidelity(self.pipe, work.ends, float(fidelity), on_step))
-        work.fidelity, work.exact = float(fidelity), True
-        return (work.bicubic, shown), side_by_side([work.bicubic, shown]), self.words(work)
+            shown = seen(at_fidelity(self.pipe, work.ends, work.dial, on_step))
+        work.exact = True
+        return self.views(work, shown)
 
     def paint(self, work: Work | None, canvas: dict | None, fidelity: float) -> tuple:
         """The brush: strokes of two colours over the dial's fidelity make a map."""
         layers = (canvas or {}).get("layers") or []
-        strokes = [layer for layer in layers if layer is not None and (np.asarray(layer)[..., 3] > 127).any()]
-        if work is None or not (strokes or work.painted):
+        strokes = read_strokes([np.asarray(layer) for layer in layers if layer is not None])
+        if work is None or (strokes is None and work.strokes is None):
             return gr.skip(), gr.skip(), gr.skip()
-        if strokes:
-            work.fidelity, work.exact = fidelity_map(strokes, float(fidelity)), False
-        else:
-            work.fidelity, work.exact = float(fidelity), fidelity in (0, 1)
-        shown = work.glance()
+        work.dial, work.strokes = float(fidelity), strokes
+        work.exact = strokes is None and fidelity in (0, 1)
+        return self.views(work, work.glance())
+
+    def views(self, work: Work, shown: PIL.Image.Image) -> tuple:
+        """For the slider, the comparison and the words."""
         return (work.bicubic, shown), side_by_side([work.bicubic, shown]), self.words(work)
 
     def words(self, work: Work) -> str:
-        if work.painted:
-            share = "; ".join(f"{name} {100 * (work.fidelity == end).mean():.0f} %" for name, end in
-                              (("faithful", 1.0), ("vivid", 0.0)))  # fmt: skip
-            return f"A painted map of fidelity ({share} of the picture): a feathered blend of the two ends."
+        if work.strokes is not None:
+            faithful, vivid = (f"{100 * (work.strokes == end).mean():.0f} %" for end in (1, 0))
+            return (
+                f"A painted map: {faithful} of the picture faithful, {vivid} vivid, fidelity {work.dial:.2f} "
+                "elsewhere; a feathered blend of the two ends."
+            )
         if work.exact:
-            return f"Fidelity {work.fidelity:.2f}, exact: the answer of the flow itself."
-        return f"Fidelity {work.fidelity:.2f}: a blend of the two ends. Let go of the dial for the exact answer."
+            return f"Fidelity {work.dial:.2f}, exact: the answer of the flow itself."
+        return f"Fidelity {work.dial:.2f}: a blend of the two ends. Let go of the dial for the exact answer."
 
     def save(self, work: Work | None, format: str, outscale: float) -> str | None:
         """The whole picture as a file with its metadata, for download."""
@@ -215,7 +229,7 @@ class Page:
             return None
         with self.one_at_a_time:
             result = work.result(self.pipe)
-        facts = {"fidelity": "painted" if work.painted else work.fidelity}
+        facts = {"fidelity": work.dial if work.strokes is None else f"painted, {work.dial} elsewhere"}
         if not work.exact:
             facts["dial"] = "blend of both ends"
         ends = work.ends
@@ -286,12 +300,14 @@ def seen(picture: PictureFile) -> PIL.Image.Image:
     return image
 
 
-def fidelity_map(strokes: list[np.ndarray], elsewhere: float) -> np.ndarray:
-    """Strokes `(h, w, 4)` of uint8 -> map `(h, w)`: 1 where blue, 0 where orange, `elsewhere` beside them."""
-    fidelity = np.full(np.asarray(strokes[0]).shape[:2], elsewhere, np.float32)
-    for stroke in map(np.asarray, strokes):
-        fidelity = np.where(stroke[..., 3] > 127, stroke[..., 2] > stroke[..., 0], fidelity).astype(np.float32)
-    return fidelity
+def read_strokes(layers: list[np.ndarray]) -> np.ndarray | None:
+    """Layers `(h, w, 4)` of uint8 -> `(h, w)`, float32: 1 where blue, 0 where orange, NaN where nothing is painted."""
+    if not any((layer[..., 3] > 127).any() for layer in layers):
+        return None
+    strokes = np.full(layers[0].shape[:2], np.nan, np.float32)
+    for layer in layers:
+        strokes = np.where(layer[..., 3] > 127, layer[..., 2] > layer[..., 0], strokes)
+    return strokes.astype(np.float32)
 
 
 def layout() -> ModuleType:
