@@ -41,6 +41,9 @@ example:
     "card": """\
 example:
   flowsr card runs/x4 --results Set5=set5.json --license apache-2.0 --push_to_hub me/my-upscaler""",
+    "serve": """\
+example:
+  flowsr serve --port 7860 --checkpoint me/my-upscaler""",
     "demo": """\
 example:
   flowsr demo -o demo_output --checkpoint ddpm_x4 --steps 10""",
@@ -141,6 +144,14 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--results", nargs="+", default=[], metavar="NAME=JSON", help="of `flowsr evaluate --json`")
     it.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
     it.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
+
+    it = command(serve, "Open the web page: dial, brush, heat map, download (extra `app`).")
+    it.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 for others too (default: 127.0.0.1)")
+    it.add_argument("--port", type=int, default=7860, help="default: 7860")
+    it.add_argument("--max-pixels", type=int, default=2**24, help="largest result (default: 2 ** 24)")
+    it.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
+    checkpoint_option(it)
+    device_option(it)
 
     it = command(demo, "Upscale the example photo and compare with bicubic and the original.")
     it.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
@@ -353,6 +364,19 @@ def degrade(options: argparse.Namespace) -> int:
     sheet = degradation_sheet(options.input, options.degradation, options.scale, options.count, options.seed)
     sheet.save(options.output)
     print(f"{options.output}: the original and {options.count} draws of {options.degradation}, seed {options.seed}.")
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ImportError("The page needs Gradio: pip install 'flowsr[app]'.") from None
+    from flowsr.page import Page, layout
+
+    model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
+    app, page = layout(), Page(pipeline_of(options), model, options.max_pixels)
+    app.build(page).launch(server_name=options.host, server_port=options.port, **app.LAUNCH)
     return 0
 
 
