@@ -335,7 +335,7 @@ def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo
     pipe = FlowMatchSRPipeline.from_pretrained(out)
     kept = pipe.prior.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in prior.state_dict().items())
-    done = train_script(*tiny(photo_folder, out, *arguments))
+    done = train_script(*tiny(photo_folder, tmp_path / "refused", *arguments))
     assert done.status == 1
     assert "needs a `prior` in `pipeline`" in done.output
 
