@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         device_option(to)
         to.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
         to.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
-        to.add_argument("--tile", type=int, default=256, help="LR pixels per tile; 0 for none (default: 256)")
+        to.add_argument("--tile", type=int, help="LR pixels per tile; 0 for none (default: 256, or as memory allows)")
         to.add_argument("--seed", type=int, default=0, help="of the source noise (default: 0)")
         to.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
 
@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
     it.add_argument("--overwrite", action="store_true", help="replace results that exist")
     it.add_argument("--max-pixels", type=int, help="largest result, all frames together")
+    it.add_argument(
+        "--max-memory", type=size_in_bytes, help="for the network's work, such as 2G (default: half of free)"
+    )
     it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
@@ -173,6 +176,7 @@ def upscale(options: argparse.Namespace) -> int:
     pipe = pipeline_of(options)
     from tqdm import tqdm
 
+    from flowsr.streaming import has_parts
     from flowsr.upscaler import call_options, upscale_file
 
     call = call_options(
@@ -180,14 +184,20 @@ def upscale(options: argparse.Namespace) -> int:
         options.fidelity,
         num_inference_steps=options.steps,
         consistency=options.consistency,
-        tile=options.tile or None,
+        tile=(None if has_parts(pipe) else 256) if options.tile is None else options.tile or None,
     )
     model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
     printed = sys.stderr if streamed else sys.stdout
     failures = []
     bar = tqdm(list(zip(inputs, targets)), unit="picture", disable=True if options.quiet else None)
+
+    def inside(done: int, total: int) -> None:
+        if total > 1:
+            bar.set_postfix_str(f"part {done} of {total}")
+
     for source, target in bar:
         bar.set_description(source.name)
+        bar.set_postfix_str("")
         report, start = {"input": str(source)}, time.perf_counter()
         try:
             width, height = upscale_file(
@@ -199,6 +209,8 @@ def upscale(options: argparse.Namespace) -> int:
                 model=None if options.no_provenance else model,
                 quality=options.quality,
                 max_pixels=max_pixels,
+                max_memory=options.max_memory,
+                progress=inside,
                 stream=sys.stdout.buffer if streamed else None,
                 say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
                 **call,
@@ -269,6 +281,18 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
     return targets
 
 
+def size_in_bytes(text: str) -> int:
+    """`512M` or `2G`, in powers of 1024; a number alone is bytes."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        size = int(float(number) * 1024 ** ["", "K", "M", "G", "T"].index(unit))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"a size is a positive number with K, M, G or T, such as 2G; got {text!r}")
+    return size
+
+
 def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
 
@@ -298,7 +322,11 @@ def evaluate(options: argparse.Namespace) -> int:
     others = judge.read_others(options.others) if options.others else []
     pipe = pipeline_of(options)
     pairs = judge.load_pairs(options.hr, options.lr, pipe.scale_factor)
-    how = {"consistency": options.consistency, "seed": options.seed, "tile": options.tile or None}
+    how = {
+        "consistency": options.consistency,
+        "seed": options.seed,
+        "tile": 256 if options.tile is None else options.tile or None,
+    }
     how["lpips_weights"] = options.lpips_weights
     if options.curve:
         result = judge.curve(pipe, pairs, options.steps, **how)

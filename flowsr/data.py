@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,14 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
 from flowsr.degradations import cut_to_multiple, degrade, downscale
+from flowsr.picture_file import PICTURE_SUFFIXES, one_line
+from flowsr.pipelines.image_processor import read_pil
 
 DIV2K = "http://data.vision.ee.ethz.ch/cvl/DIV2K/"  # Agustsson and Timofte 2017
 KNOWN = {"DIV2K": DIV2K + "DIV2K_train_HR.zip", "DIV2K_valid": DIV2K + "DIV2K_valid_HR.zip"}
 SHUFFLE_BUFFER = 1000  # pictures of a stream among which chance picks the next
+# What Pillow raises for a damaged file.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def load_images(
@@ -37,7 +44,8 @@ def load_images(
 
     Raises:
         FileNotFoundError: if a folder does not exist or holds no picture.
-        ValueError: if not exactly one source is given, or a data set has no column `image`, or no `label` if asked.
+        ValueError: if not exactly one source is given, a zip is damaged, or a data set has no column `image`, or no
+            `label` where `labels` wants it.
     """
     import datasets
 
@@ -47,30 +55,114 @@ def load_images(
             f"or a data set on the Hub); got {train_data_dir!r} and {dataset_name!r}."
         )
     options = {"split": "train", "streaming": streaming}
+    folder_options = {"path": "imagefolder", "drop_labels": not labels, **options}
     if dataset_name:
         url = KNOWN.get(dataset_name, dataset_name)
+        if Path(url).is_file():
+            raise ValueError(f"`dataset_name`: {url} is a file; give it as `--train_data_dir {url}`.")
         if "://" in url:
-            options |= {"path": "imagefolder", "data_files": {"train": url}, "drop_labels": not labels}
+            sets = [datasets.load_dataset(**where(url, labels, streaming), **folder_options)]
         else:
-            options |= {"path": dataset_name}
-        sets = [datasets.load_dataset(**options)]
+            sets = [datasets.load_dataset(url, **options)]
     else:
         sets = []
         for place in map(Path, train_data_dir):
             if not place.exists():
                 raise FileNotFoundError(f"`train_data_dir`: there is no {place}.")
-            where = {"data_dir": str(place)} if place.is_dir() else {"data_files": {"train": str(place)}}
+            found = {"data_dir": str(place)} if place.is_dir() else where(str(place), labels, streaming)
             try:
-                found = datasets.load_dataset("imagefolder", drop_labels=not labels, **where, **options)
+                sets.append(datasets.load_dataset(**found, **folder_options))
             except (datasets.exceptions.DatasetGenerationError, FileNotFoundError) as error:
                 raise FileNotFoundError(f"`train_data_dir`: no readable picture in {place} ({error}).") from error
-            sets.append(found)
     columns = ["image", "label"] if labels else ["image"]
     for found in sets:
         missing = [column for column in columns if column not in (found.column_names or [])]
         if missing:
             raise ValueError(f"The data set needs the columns {columns}, found {found.column_names}.")
-    return datasets.concatenate_datasets([found.select_columns(columns) for found in sets])
+    images = datasets.concatenate_datasets([found.select_columns(columns) for found in sets])
+    if streaming:  # of a zip, whatever it holds
+        undecoded = images.cast_column("image", datasets.Image(decode=False))
+        images = undecoded.filter(is_picture).cast_column("image", datasets.Image())
+    return images
+
+
+def where(archive: str, labels: bool, streaming: bool) -> dict[str, object]:
+    """What HF datasets are to read of a zip, by its path or URL: the folder that it is unpacked to, in their cache.
+
+    A stream reads the zip itself, with whatever files are in it beside pictures.
+    """
+    import datasets
+
+    if streaming:
+        if labels:
+            raise ValueError(f"The classes in {archive} cannot be streamed: unpack it, or leave out `streaming`.")
+        return {"data_files": {"train": archive}}
+    manager = datasets.DownloadManager()
+    path = manager.download(archive) if "://" in archive else archive
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{archive} is not a whole zip of pictures; fetch it anew, or give a folder.")
+    return {"data_dir": str(manager.extract(path))}
+
+
+def is_picture(row: dict) -> bool:
+    """Whether an undecoded row is a picture by the name of its file, where it has one."""
+    path = row["image"]["path"]
+    return not path or Path(path.split("::")[0]).suffix.lower() in PICTURE_SUFFIXES
+
+
+def with_lr(images, lr_data_dir: str, scale: int):
+    """The data set with the LR pictures of a folder as its column `lr`.
+
+    An LR picture carries the name of its HR picture, with any suffix, or that with `x{scale}` behind the stem.
+
+    Raises:
+        ValueError: for a missing folder, and for pictures without an LR picture or with several.
+    """
+    import datasets
+
+    if not Path(lr_data_dir).is_dir():
+        raise ValueError(f"`lr_data_dir`: there is no folder {lr_data_dir}.")
+    found: dict[str, list[str]] = {}
+    for path in sorted(Path(lr_data_dir).rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            found.setdefault(path.stem, []).append(str(path))
+    undecoded = images.cast_column("image", datasets.Image(decode=False))
+    names = [Path(row["path"] or "").stem for row in undecoded["image"]]
+    matches = [found.get(name, []) + found.get(f"{name}x{scale}", []) for name in names]
+    if wrong := [f"{name} ({len(match)})" for name, match in zip(names, matches) if len(match) != 1]:
+        raise ValueError(
+            f"`lr_data_dir`: {lr_data_dir} must hold one LR picture for each of {len(names)} HR pictures, by "
+            f"its name; it does not for {len(wrong)}: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}."
+        )
+    return images.add_column("lr", [path for (path,) in matches]).cast_column("lr", datasets.Image())
+
+
+def check_classes(images, classes: int) -> None:
+    """Refuses labels that are not the classes 0..`classes` - 1 of the network."""
+    import datasets
+
+    label = images.features["label"]
+    if isinstance(label, datasets.ClassLabel):
+        if label.num_classes != classes:
+            raise ValueError(f"`num_class_embeds` is {classes}, but the data has the classes {label.names[:20]}.")
+        return
+    if "int" not in str(getattr(label, "dtype", label)):
+        raise ValueError(f"The column `label` must hold classes or integers, found {label}; cast it to ClassLabel.")
+    beyond = [] if isinstance(images, datasets.IterableDataset) else images.unique("label")
+    if beyond := sorted(number for number in beyond if not 0 <= number < classes):
+        raise ValueError(f"`num_class_embeds` is {classes}, but the data has the labels {beyond[:20]}.")
+
+
+def as_levels(image: Image.Image, mode: str) -> Image.Image:
+    """An image of 8 bits per channel in "RGB" or "L"; greys of 16 bits keep their brightness, as in inference.
+
+    Raises:
+        ValueError: for a mode without a defined way to RGB.
+    """
+    if image.mode[0] in "IF" or image.mode == "LAB":  # which Pillow would clip to 255
+        grey = read_pil(image).color[0, 0]
+        image = Image.fromarray(((grey + 1) * 127.5).round().byte().numpy())
+    return image.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -98,13 +190,31 @@ class Cropping:
     center_crop: bool = False
     resize_to: int | None = None
 
-    def pair(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-        """A picture cut to a multiple of the scale, and its bicubic LR where it is used; uint8 `(h, w, c)`."""
-        picture = picture.convert("RGB" if self.channels == 3 else "L")
+    def pair(self, picture: Image.Image, lr: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """A picture cut to a multiple of the scale, and the LR of the whole picture where it is used.
+
+        Args:
+            picture: HR.
+            lr: its LR; by default bicubic.
+
+        Returns:
+            uint8 `(h, w, c)` and `(h / scale, w / scale, c)`.
+
+        Raises:
+            ValueError: if the sizes do not fit.
+        """
+        mode = "RGB" if self.channels == 3 else "L"
+        picture = as_levels(picture, mode)
         if self.resize_to is not None:
             factor = self.resize_to / min(picture.size)
             picture = picture.resize([round(side * factor) for side in picture.size], Image.BICUBIC)
         hr = cut_to_multiple(np.atleast_3d(np.asarray(picture)), self.scale)
+        if lr is not None:
+            if tuple(side * self.scale for side in lr.size) != hr.shape[1::-1]:
+                raise ValueError(
+                    f"its LR of {lr.width}x{lr.height} is not 1 / {self.scale} of {hr.shape[1]}x{hr.shape[0]}"
+                )
+            return hr, np.atleast_3d(np.asarray(as_levels(lr, mode)))
         return hr, downscale(hr, self.scale) if self.scale > 1 and self.degradation == "bicubic" else None
 
     def crop(
@@ -141,19 +251,23 @@ class CropDataset(Dataset):
     `start` continues one that ended there, to the bit.
 
     Args:
-        images (`datasets.Dataset`): pictures in the column `image`, classes (if any) in `label`.
+        images (`datasets.Dataset`): pictures in the column `image`, classes (if any) in `label`, and in `lr` the LR
+            pictures where they are given.
         cropping ([`Cropping`]): how crops are cut.
         start, length (`int`): first crop and number of crops.
         cache_gib (`float`): how much decoded data is kept in memory, in GiB.
         overfit (`int`, *optional*): only so many different crops, over and over.
         teacher: gives an answer for the name of a picture and its LR, see [`flowsr.teacher`].
+        small_images ("refuse" or "skip"): what becomes of a picture that cannot be decoded: an error, or the next
+            picture in its place.
     """
 
     def __init__(
         self, images, cropping: Cropping, start: int = 0, length: int = 0, cache_gib: float = 0.0,
         overfit: int | None = None, teacher: Callable[[str | None, np.ndarray], np.ndarray] | None = None,
+        small_images: str = "refuse",
     ):  # fmt: skip
-        self.images, self.cropping, self.teacher = images, cropping, teacher
+        self.images, self.cropping, self.teacher, self.small_images = images, cropping, teacher, small_images
         self.start, self.length, self.overfit = start, length, overfit
         self.labelled = "label" in images.column_names
         self.cache_left = int(cache_gib * 2**30)
@@ -174,8 +288,16 @@ class CropDataset(Dataset):
         """A picture, its LR, its class and the teacher's answer, read once as long as the cache has room."""
         if picture in self.cache:
             return self.cache[picture]
-        row = self.images[picture]
-        hr, lr = self.cropping.pair(row["image"])
+        for number in range(picture, picture + len(self.images)):
+            try:
+                row, hr, lr = decoded(self.images, number % len(self.images), self.cropping)
+                break
+            except ValueError:
+                if self.small_images == "refuse":
+                    raise
+        else:
+            raise ValueError("None of the pictures can be read.")
+        picture = number % len(self.images)
         answer = self.teacher(name_of(self.images, picture), lr) if self.teacher is not None else None
         found = hr, lr, row["label"] if self.labelled else None, answer
         size = sum(array.nbytes for array in (hr, lr, answer) if array is not None)
@@ -183,6 +305,23 @@ class CropDataset(Dataset):
             self.cache_left -= size
             self.cache[picture] = found
         return found
+
+
+def decoded(images, picture: int, cropping: Cropping) -> tuple[dict, np.ndarray, np.ndarray | None]:
+    """The row of a picture, its pixels and its LR.
+
+    Raises:
+        ValueError: naming the file, if it or its LR cannot be decoded.
+    """
+    try:
+        row = images[picture]
+        return row, *cropping.pair(row["image"], row.get("lr"))
+    except UNREADABLE as error:
+        raise unreadable(name_of(images, picture) or f"Picture {picture}", error) from error
+
+
+def unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} cannot be read ({one_line(error)}); mend or remove it, or set `--small_images skip`.")
 
 
 class CropStream(IterableDataset):
@@ -193,14 +332,16 @@ class CropStream(IterableDataset):
 
     Args:
         images (`datasets.IterableDataset`), cropping, start, length: as for [`CropDataset`].
+        small_images ("refuse" or "skip"): what becomes of a file that is no picture: an error, or it is left out. One
+            that breaks off further on is always an error, as a resumed run reads past it undecoded.
     """
 
-    def __init__(self, images, cropping: Cropping, start: int, length: int):
+    def __init__(self, images, cropping: Cropping, start: int, length: int, small_images: str = "refuse"):
         import datasets
 
         images = images.cast_column("image", datasets.Image(decode=False))
         self.images = images.shuffle(seed=cropping.seed, buffer_size=SHUFFLE_BUFFER)
-        self.cropping, self.start, self.length = cropping, start, length
+        self.cropping, self.start, self.length, self.small_images = cropping, start, length, small_images
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         index, epoch = 0, 0
@@ -208,11 +349,20 @@ class CropStream(IterableDataset):
             self.images.set_epoch(epoch)
             before = index
             for row in self.images:
-                picture = open_undecoded(row["image"])
+                try:
+                    picture = open_undecoded(row["image"])
+                except UNREADABLE as error:
+                    if self.small_images == "refuse":
+                        raise unreadable(row["image"]["path"] or f"Picture {index}", error) from error
+                    continue
                 if self.cropping.resize_to is None and min(picture.size) < self.cropping.resolution:
                     continue
                 if index >= self.start:
-                    yield self.cropping.crop(*self.cropping.pair(picture), index, row.get("label"))
+                    try:
+                        pair = self.cropping.pair(ImageOps.exif_transpose(picture))
+                    except UNREADABLE as error:
+                        raise unreadable(row["image"]["path"] or f"Picture {index}", error) from error
+                    yield self.cropping.crop(*pair, index, row.get("label"))
                 index += 1
                 if index >= self.start + self.length:
                     return
@@ -238,17 +388,36 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 127.5 - 1
 
 
-def smaller_than(images, resolution: int) -> dict[int, str]:
-    """The pictures whose shorter side is below `resolution` pixels, as number: name and size; reads headers only."""
+def unfit_pictures(images, side: int, scale: int = 1) -> dict[int, str]:
+    """Number, name and reason of each picture that cannot be trained on; reads headers only.
+
+    Args:
+        side (`int`): least shorter side, pixels.
+        scale (`int`): HR pixels per pixel of the column `lr`, where there is one.
+    """
     import datasets
 
-    small = {}
-    undecoded = images.cast_column("image", datasets.Image(decode=False))
-    for number, row in enumerate(undecoded):
-        with open_undecoded(row["image"]) as picture:
-            if min(picture.size) < resolution:
-                small[number] = f"{row['image']['path'] or number} ({picture.width}x{picture.height})"
-    return small
+    unfit = {}
+    columns = [name for name in ("image", "lr") if name in images.column_names]
+    for column in columns:
+        images = images.cast_column(column, datasets.Image(decode=False))
+    for number, row in enumerate(images.select_columns(columns)):
+        name = row["image"]["path"] or number
+        try:
+            size, *lr_size = (open_size(row[column]) for column in columns)
+        except UNREADABLE as error:
+            unfit[number] = f"{name} (cannot be read: {one_line(error)})"
+            continue
+        if min(size) < side:
+            unfit[number] = f"{name} ({size[0]}x{size[1]})"
+        elif lr_size and sorted(lr_size[0]) != sorted(each // scale for each in size):  # as they lie, not upright
+            unfit[number] = f"{name} ({size[0]}x{size[1]} with an LR of {lr_size[0][0]}x{lr_size[0][1]})"
+    return unfit
+
+
+def open_size(row: dict) -> tuple[int, int]:
+    with open_undecoded(row) as picture:
+        return picture.size
 
 
 def name_of(images, picture: int) -> str | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from flowsr.picture_file import one_line
 
 FIRES = {  # layer: channels in, squeezed, each expansion
     3: (64, 16, 64),
@@ -39,15 +42,24 @@ class SqueezeLPIPS(nn.Module):
 
     Args:
         weights (`str`): safetensors with `backbone.LAYER.*` (SqueezeNet 1.1 without classifier) and `linN.weight`.
+
+    Raises:
+        ValueError: if the file holds something else.
     """
 
     def __init__(self, weights: str):
         super().__init__()
         layers = {0: nn.Conv2d(3, 64, 3, stride=2), **{n: Fire(*sizes) for n, sizes in FIRES.items()}}
         self.backbone = nn.ModuleDict({str(n): layer for n, layer in layers.items()})
-        state = load_file(weights)
-        self.lins = [state.pop(f"lin{n}.weight") for n in range(len(TAPS))]  # each (1, channels, 1, 1)
-        self.load_state_dict({k: v for k, v in state.items() if k.startswith("backbone.")})
+        try:
+            state = load_file(weights)
+            self.lins = [state.pop(f"lin{n}.weight") for n in range(len(TAPS))]  # each (1, channels, 1, 1)
+            self.load_state_dict({k: v for k, v in state.items() if k.startswith("backbone.")})
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{weights} does not hold the weights of LPIPS v0.1 with SqueezeNet ({one_line(error)}); give "
+                "another file, or leave out `lpips_weights`."
+            ) from error
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 
 from flowsr.metrics import psnr_y, ssim_y
 
 GRID_SIDE = 256  # HR pixels shown of each picture
+TILE = 256  # LR pixels: bounds the memory of a validation
 
 
 @dataclass
@@ -28,8 +31,15 @@ class Pair:
         """What a pipeline makes of the LR; uint8."""
         options = {} if self.label is None else {"class_labels": self.label}
         generator = torch.Generator(pipe.device).manual_seed(seed)
-        answer = pipe(Image.fromarray(self.lr), num_inference_steps=steps, generator=generator, **options)
+        answer = pipe(Image.fromarray(self.lr), num_inference_steps=steps, generator=generator, tile=TILE, **options)
         return np.asarray(answer.images[0])
+
+
+def shared(work: Callable[[int], object], count: int) -> list:
+    """`[work(0), ..., work(count - 1)]`, of which each process does a part; all processes must call together."""
+    state = PartialState()
+    own = [(number, work(number)) for number in range(state.process_index, count, state.num_processes)]
+    return [done for _, done in sorted(gather_object(own), key=lambda numbered: numbered[0])]
 
 
 def measure(pipe, pairs: list[Pair], steps: list[int], lpips: Callable | None) -> tuple[dict[str, float], np.ndarray]:
@@ -43,35 +53,40 @@ def measure(pipe, pairs: list[Pair], steps: list[int], lpips: Callable | None) -
 
     Returns:
         `psnr_y_N`, `ssim_y_N` (and `lpips_N`) for each N of `steps`; and a uint8 grid with one row a picture:
-        `bicubic | SR at each N | HR`.
+        `bicubic | SR at each N | HR`. The processes of a training share the work, and each has all of the result.
     """
     scale = pipe.scale_factor
-    measured: dict[str, list[float]] = {}
-    rows = []
-    for number, pair in enumerate(pairs):
+
+    def measure_one(number: int) -> tuple[dict[str, float], list[np.ndarray]]:
+        pair, measured = pairs[number], {}
         row = [np.asarray(Image.fromarray(pair.lr).resize(pair.hr.shape[1::-1], Image.BICUBIC))]
         for count in steps:
             sr = pair.upscaled(pipe, count, seed=number)
             row.append(sr)
-            measured.setdefault(f"psnr_y_{count}", []).append(psnr_y(sr, pair.hr, scale))
-            measured.setdefault(f"ssim_y_{count}", []).append(ssim_y(sr, pair.hr, scale))
+            measured[f"psnr_y_{count}"] = psnr_y(sr, pair.hr, scale)
+            measured[f"ssim_y_{count}"] = ssim_y(sr, pair.hr, scale)
             if lpips is not None:
-                measured.setdefault(f"lpips_{count}", []).append(lpips(sr, pair.hr))
-        rows.append([*row, pair.hr])
-    return {name: round(float(np.mean(values)), 4) for name, values in measured.items()}, grid(rows)
+                measured[f"lpips_{count}"] = lpips(sr, pair.hr)
+        return measured, corners([*row, pair.hr])
+
+    measured, rows = zip(*shared(measure_one, len(pairs)))
+    return {name: round(float(np.mean([each[name] for each in measured])), 4) for name in measured[0]}, grid(rows)
 
 
 def coupling_grid(pipe, pairs: list[Pair], steps: int) -> np.ndarray:
     """One row a picture: `LR | source | SR | HR`, where the flow starts and where it ends."""
-    scale, rows = pipe.scale_factor, []
-    for number, pair in enumerate(pairs):
+    scale = pipe.scale_factor
+
+    def row(number: int) -> list[np.ndarray]:
+        pair = pairs[number]
         generator = torch.Generator(pipe.device).manual_seed(number)
         x = torch.from_numpy(pair.lr.copy()).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
         source = pipe.from_data_range(pipe.prepare_source(x, generator))[0]
         source = ((source + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
         nearest = pair.lr.repeat(scale, axis=0).repeat(scale, axis=1)
-        rows.append([nearest, source, pair.upscaled(pipe, steps, seed=number), pair.hr])
-    return grid(rows)
+        return corners([nearest, source, pair.upscaled(pipe, steps, seed=number), pair.hr])
+
+    return grid(shared(row, len(pairs)))
 
 
 def generated_grid(pipe, steps: int, side: int = 8, guidance_scale: float = 1.0) -> np.ndarray:
@@ -84,6 +99,11 @@ def generated_grid(pipe, steps: int, side: int = 8, guidance_scale: float = 1.0)
     ).images
     pictures = [np.asarray(picture.convert("RGB")) for picture in pictures]
     return grid([pictures[row * side : (row + 1) * side] for row in range(side)])
+
+
+def corners(row: list[np.ndarray]) -> list[np.ndarray]:
+    """What a grid can show of pictures, at most."""
+    return [image[:GRID_SIDE, :GRID_SIDE] for image in row]
 
 
 def grid(rows: list[list[np.ndarray]]) -> np.ndarray:

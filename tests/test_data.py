@@ -3,6 +3,7 @@
 import http.server
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,7 +11,20 @@ import pytest
 import torch
 from conftest import random_picture, smooth_picture
 
-from flowsr.data import KNOWN, CropDataset, Cropping, CropStream, load_images, smaller_than, to_tensor, turn
+from flowsr.data import (
+    KNOWN,
+    CropDataset,
+    Cropping,
+    CropStream,
+    as_levels,
+    check_classes,
+    load_images,
+    order_of_pictures,
+    to_tensor,
+    turn,
+    unfit_pictures,
+    with_lr,
+)
 from flowsr.degradations import CHAINS, degrade, downscale
 
 
@@ -72,7 +86,7 @@ def test_the_cache_keeps_no_more_than_it_may(images):
     stream = CropDataset(images, Cropping(32, 4), 0, 20, cache_gib=100_000 / 2**30)
     for i in range(20):
         stream[i]
-    held = sum(hr.nbytes + lr.nbytes for hr, lr, _ in stream.cache.values())
+    held = sum(hr.nbytes + lr.nbytes for hr, lr, *_ in stream.cache.values())
     assert 0 < held <= 100_000
 
 
@@ -169,12 +183,114 @@ def test_wrong_sources_are_named(tmp_path, photo_folder):
         load_images(None, str(tmp_path / "table"), labels=True)
 
 
-def test_small_pictures_are_listed(tmp_path):
+def test_small_and_unreadable_pictures_are_listed(tmp_path):
     random_picture(40, 90).save(tmp_path / "small.png")
     random_picture(90, 90).save(tmp_path / "large.png")
-    ((number, words),) = smaller_than(load_images([str(tmp_path)], None), 64).items()
-    assert number in (0, 1)
-    assert "small.png (40x90)" in words
+    (tmp_path / "text.png").write_text("no picture")
+    words = sorted(unfit_pictures(load_images([str(tmp_path)], None), 64).values())
+    assert [Path(each.split(" (")[0]).name for each in words] == ["small.png", "text.png"]
+    assert "(40x90)" in words[0]
+    assert "(cannot be read: cannot identify image file" in words[1]
+
+
+def test_a_picture_that_breaks_off_is_named_or_passed_over(photo_folder):
+    broken = photo_folder / "4.png"
+    broken.write_bytes(broken.read_bytes()[:-3000])
+    images = load_images([str(photo_folder)], None)
+    assert unfit_pictures(images, 32) == {}  # its header is whole
+    with pytest.raises(ValueError, match=r"4\.png cannot be read \(image file is truncated.*--small_images skip"):
+        [CropDataset(images, Cropping(32, 4), 0, 9)[i] for i in range(9)]
+    skipping = [CropDataset(images, Cropping(32, 4), 0, 9, small_images="skip") for _ in range(2)]
+    assert all(same(skipping[0][i], skipping[1][i]) for i in range(9))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_keep_their_brightness(tmp_path, mode):
+    grey = np.random.default_rng(0).integers(0, 65536, (32, 32), dtype=np.uint16)
+    picture = PIL.Image.fromarray(grey) if mode == "I;16" else PIL.Image.fromarray(grey.astype(np.int32))
+    assert picture.mode == mode
+    hr, _ = Cropping(32, 4).pair(picture)
+    np.testing.assert_array_equal(hr, np.round(grey / 257).astype(np.uint8)[..., None].repeat(3, axis=2))
+    with pytest.raises(ValueError, match="mode 'F', which has no defined way to RGB"):
+        as_levels(PIL.Image.fromarray(np.zeros((4, 4), np.float32)), "RGB")
+    for mode in ("1", "L", "P", "RGBA", "CMYK"):
+        other = random_picture(9, 8, mode)
+        np.testing.assert_array_equal(as_levels(other, "RGB"), other.convert("RGB"))
+
+
+def test_zips_give_labels_and_hold_other_files_too(class_folder, tmp_path):
+    (class_folder / "readme.txt").write_text("two classes")
+    (class_folder / "cat/Thumbs.db").write_bytes(b"thumbs")
+    archive = shutil.make_archive(str(tmp_path / "classes"), "zip", class_folder)
+    images = load_images([archive], None, labels=True)
+    assert images.features["label"].names == ["cat", "dog"]
+    assert sorted(images["label"]) == [0, 0, 0, 1, 1, 1]
+    assert len(list(load_images([archive], None, streaming=True))) == 6
+    with pytest.raises(ValueError, match=r"classes\.zip is a file; give it as `--train_data_dir"):
+        load_images(None, archive)
+    with pytest.raises(ValueError, match="cannot be streamed: unpack it"):
+        load_images([archive], None, labels=True, streaming=True)
+    whole = Path(archive).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.zip is not a whole zip of pictures"):
+        load_images([str(tmp_path / "cut.zip")], None)
+
+
+def test_integers_are_labels_if_they_are_classes_of_the_network():
+    import datasets
+
+    images = datasets.Dataset.from_dict({"label": [0, 2, 1]})
+    check_classes(images, 3)
+    with pytest.raises(ValueError, match=r"`num_class_embeds` is 2, but the data has the labels \[2\]"):
+        check_classes(images, 2)
+    with pytest.raises(ValueError, match="cast it to ClassLabel"):
+        check_classes(datasets.Dataset.from_dict({"label": ["cat", "dog"]}), 2)
+    with pytest.raises(ValueError, match=r"the data has the classes \['cat', 'dog'\]"):
+        check_classes(images.select([0]).cast_column("label", datasets.ClassLabel(names=["cat", "dog"])), 3)
+
+
+def test_hr_pictures_find_their_lr_by_name(photo_folder, tmp_path):
+    lr_folder = tmp_path / "lr"
+    lr_folder.mkdir()
+    lr = {}
+    for path in photo_folder.iterdir():
+        width, height = PIL.Image.open(path).size
+        lr[path.stem] = random_picture(width // 4, height // 4, seed=int(path.stem))
+        lr[path.stem].save(lr_folder / f"{path.stem}{'x4' if int(path.stem) % 2 else ''}.bmp")
+    images = with_lr(load_images([str(photo_folder)], None), str(lr_folder), 4)
+    assert unfit_pictures(images, 96, 4) == {}
+    stream = CropDataset(images, Cropping(32, 4, augmentation="none"), 0, 9)
+    for number in range(9):
+        crop, hr = stream[number], images[int(order_of_pictures(0, 0, 9)[number])]["image"]
+        (name,) = (stem for stem in lr if PIL.Image.open(photo_folder / f"{stem}.png").size == hr.size)
+        places = np.lib.stride_tricks.sliding_window_view(np.asarray(lr[name]), (8, 8, 3)).reshape(-1, 8, 8, 3)
+        levels = ((crop["lr"].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+        assert (places == levels).all((1, 2, 3)).any()
+    (lr_folder / "0.bmp").unlink()
+    random_picture(20, 20).save(lr_folder / "2.bmp")
+    with pytest.raises(ValueError, match=r"one LR picture for each of 9 HR pictures.*for 1: 0 \(0\)"):
+        with_lr(load_images([str(photo_folder)], None), str(lr_folder), 4)
+    random_picture(25, 24).save(lr_folder / "0.png")
+    images = with_lr(load_images([str(photo_folder)], None), str(lr_folder), 4)
+    ((number, words),) = unfit_pictures(images, 96, 4).items()
+    assert "2.png (116x96 with an LR of 20x20)" in words
+    with pytest.raises(ValueError, match="its LR of 20x20 is not 1 / 4 of 116x96"):
+        Cropping(32, 4).pair(images[number]["image"], images[number]["lr"])
+
+
+def test_a_stream_names_or_leaves_out_what_is_no_picture(photo_folder):
+    (photo_folder / "broken.png").write_text("no picture")
+    images = load_images([str(photo_folder)], None, streaming=True)
+    assert len(list(CropStream(images, Cropping(32, 4), 0, 12, small_images="skip"))) == 12
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        list(CropStream(images, Cropping(32, 4), 0, 12))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_grey_pictures_are_degraded_as_colour_ones_are(images, chain):
+    crop = CropDataset(images, Cropping(32, 4, channels=1, degradation=chain), 0, 1)[0]
+    assert crop["lr"].shape == (1, 8, 8)
+    assert (crop["lr"].mean() - crop["hr"].mean()).abs() < 0.2
 
 
 def test_degrading_leaves_the_hr_as_it_is():

@@ -7,10 +7,11 @@ import PIL.Image
 import pytest
 import torch
 from conftest import make_pipeline, random_picture, smooth_picture
+from safetensors.torch import save_file
 
 from flowsr.degradations import downscale
 from flowsr.evaluate import curve, evaluate, load_pairs, markdown_table, plot_curve, read_others
-from flowsr.metrics import detail, haarpsi, lr_psnr, luma, psnr_y, ssim_y
+from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, luma, psnr_y, ssim_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_published = pytest.mark.skipif(
@@ -104,8 +105,6 @@ def test_bicubic_has_the_published_numbers(name, psnr, ssim):
 @pytest.mark.skipif(not (SHARED / "lpips").is_dir(), reason="weights of LPIPS are not beside this checkout")
 def test_lpips_equals_the_reference_implementation():
     import importlib.util
-
-    from flowsr.metrics import load_lpips
 
     weights = SHARED / "lpips/lpips_squeeze_v0.1.safetensors"
     specification = importlib.util.spec_from_file_location("reference", SHARED / "lpips/lpips_squeeze.py")
@@ -233,3 +232,11 @@ def test_tables_of_others_that_cannot_be_read_are_named(text, message, tmp_path)
     (tmp_path / "others.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_others(str(tmp_path / "others.csv"))
+
+
+def test_a_file_that_is_not_lpips_is_named(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no weights")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for name in ("text", "other"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not hold the weights of LPIPS"):
+            load_lpips(str(tmp_path / f"{name}.safetensors"))

@@ -155,3 +155,12 @@ def test_unrolled_crops_stand_on_grids_of_the_sampler():
         assert float((steps == count).float().mean()) == pytest.approx(1 / 3, abs=0.01)
     halves = [unrolling_for(part, seed=3) for part in torch.arange(9000).chunk(2)]
     assert torch.equal(torch.cat([half[1] for half in halves]), done)
+
+
+def test_noise_of_any_seed():
+    first = lambda seed, index: int(generators_for(torch.tensor([index]), seed)[0].initial_seed())  # noqa: E731
+    assert first(5, 7) == 5 * 2**40 + 7  # as ever
+    assert first(2**24 - 1, 0) == (2**24 - 1) * 2**40
+    large = [first(seed, index) for seed in (2**24, 2**24 + 1, 2**32) for index in (0, 1, 2**39)]
+    assert len({*large, first(0, 0), first(0, 1)}) == len(large) + 2
+    assert sigmas_for(torch.arange(4), 2**31, 0.4, law="uniform").min() > 0
