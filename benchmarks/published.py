@@ -1,6 +1,6 @@
 """Makes docs/numbers.md, its plots and the evaluation.json of the bundled x4 network.
 
-    python benchmarks/numbers.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors
+    python benchmarks/published.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors
 
 DATA holds Set5 and Set14 as folders with `HR` and `LRx4` (MATLAB's bicubic). The LPIPS file is v0.1 of the SqueezeNet
 variant: the weights of torchmetrics' `LearnedPerceptualImagePatchSimilarity(net_type="squeeze")`.
@@ -24,7 +24,7 @@ COLUMNS = {
 
 INTRODUCTION = """# Numbers of the bundled network
 
-Made by `python benchmarks/numbers.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors`, seed 0. LR and metrics
+Made by `python benchmarks/published.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors`, seed 0. LR and metrics
 follow MATLAB's conventions: PSNR and SSIM on Y (BT.601), border 4. LPIPS is v0.1 with SqueezeNet, which is not
 comparable with published AlexNet numbers. **LPIPS with SqueezeNet was a term of the head's loss**, so it flatters this
 network; HaarPSI (1 for the original) and `detail` (energy beyond the LR grid, 1 for the original) were seen by no
