@@ -179,9 +179,9 @@ def jpeg(image: torch.Tensor, random: np.random.Generator, quality: tuple[int, i
     """Through a JPEG file of a quality in the given range, both ends included."""
     levels = (image * 255).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
-    picture = Image.fromarray(levels.permute(1, 2, 0).numpy())
+    picture = Image.fromarray((levels[0] if len(levels) == 1 else levels.permute(1, 2, 0)).numpy())
     picture.save(file, "JPEG", quality=int(random.integers(quality[0], quality[1] + 1)))
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.atleast_3d(np.array(Image.open(file)))).permute(2, 0, 1).float() / 255
 
 
 def real_esrgan(image: torch.Tensor, scale: int, random: np.random.Generator) -> torch.Tensor:
@@ -245,13 +245,13 @@ def degrade(image: np.ndarray, scale: int, chain: str, random: np.random.Generat
     """A low-resolution version of a picture by one draw of a chain.
 
     Args:
-        image (`np.ndarray` of shape `(h, w, 3)`, uint8): sides that are multiples of `scale`.
+        image (`np.ndarray` of shape `(h, w, 3)` or `(h, w, 1)`, uint8): sides that are multiples of `scale`.
         scale (`int`): HR pixels per LR pixel.
         chain ("bicubic", "bsrgan", "real_esrgan"): "bicubic" draws nothing.
         random (`np.random.Generator`): all that chance decides comes from here.
 
     Returns:
-        `np.ndarray` of shape `(h / scale, w / scale, 3)`, uint8.
+        `np.ndarray` of shape `(h / scale, w / scale, 3)` or `(h / scale, w / scale, 1)`, uint8.
 
     Raises:
         ValueError: for an unknown chain.

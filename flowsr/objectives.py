@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -190,4 +191,11 @@ def kronecker(index: torch.Tensor, seed: int, ratio: float) -> torch.Tensor:
 
 def generators_for(index: torch.Tensor, seed: int) -> list[torch.Generator]:
     """One generator per crop, a function of (seed, crop) alone: the noise of a crop is the same in any batch."""
-    return [torch.Generator(index.device).manual_seed(seed * 2**40 + int(i)) for i in index]
+    return [torch.Generator(index.device).manual_seed(seed_of(seed, crop)) for crop in index.tolist()]
+
+
+def seed_of(seed: int, crop: int) -> int:
+    """64 bits for each seed below 2^32 and crop below 2^40."""
+    if seed < 2**24:
+        return seed * 2**40 + crop
+    return int(np.random.SeedSequence([seed, crop]).generate_state(1, np.uint64)[0])
