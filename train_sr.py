@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import diffusers
 import numpy as np
@@ -39,7 +40,18 @@ import flowsr
 from flowsr import FlowMatchSREulerScheduler, checkpoints
 from flowsr.averages import Averages, trainable
 from flowsr.components import pipeline_from
-from flowsr.data import CropDataset, Cropping, CropStream, load_images, smaller_than
+from flowsr.data import (
+    CropDataset,
+    Cropping,
+    CropStream,
+    check_classes,
+    check_pairs,
+    load_images,
+    name_of,
+    read_picture,
+    smaller_than,
+    undecoded,
+)
 from flowsr.degradations import CHAINS, degrade
 from flowsr.hub import clear_errors, publish
 from flowsr.lpips import SqueezeLPIPS
@@ -81,7 +93,10 @@ class Settings:
     resize_to: int | None = field(default=None, metadata={"help": "resize shorter sides to so many pixels first"})
     center_crop: bool = field(default=False, metadata={"help": "the middle of each picture, not a random place"})
     augmentation: str = field(default="turns", metadata={"help": "turns (8 symmetries), flip or none"})
-    degradation: str = field(default="bicubic", metadata={"help": f"bicubic, {' or '.join(CHAINS)}"})
+    degradation: str = field(
+        default="bicubic",
+        metadata={"help": f"bicubic, {', '.join(CHAINS)}, or a folder of LR pictures with the names of the HR ones"},
+    )
     overfit: bool = field(default=False, metadata={"help": "the first batch, over and over: can it be learned?"})
     cache_gib: float = field(default=8.0, metadata={"help": "decoded pictures kept in memory per loader, GiB"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "loader processes; 0 suits cached pictures"})
@@ -168,6 +183,8 @@ class Settings:
                 value = json.loads(value) if isinstance(value, str) else value
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{name}` is not JSON: {value!r} ({error}).") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"`{name}` must be a mapping such as {{}}, got {value!r}.")
             setattr(self, name, value)
         positive = (
             "resolution max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
@@ -177,14 +194,14 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         weights = ("colour_weight", "perceptual_weight", "frequency_weight", "unroll_weight")
-        for name in (*weights, "lora_rank", "cache_gib", "num_validation_images"):
-            if getattr(self, name) < 0:
+        counts = ("lora_rank", "num_validation_images", "lr_warmup_steps", "dataloader_num_workers")
+        for name in (*weights, *counts, "cache_gib"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         choices = {
             "loss": LOSSES,
             "endpoint_loss": (None, *LOSSES),
             "timestep_law": LAWS,
-            "degradation": ("bicubic", *CHAINS),
             "augmentation": ("turns", "flip", "none"),
             "small_images": ("refuse", "skip"),
             "optimizer": OPTIMIZERS,
@@ -194,10 +211,36 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        if not 0 <= self.sigma_atom <= 1:
-            raise ValueError(f"`sigma_atom` must lie in [0, 1], got {self.sigma_atom}.")
-        if not 0 <= self.teacher_weight <= 1:
-            raise ValueError(f"`teacher_weight` must lie in [0, 1], got {self.teacher_weight}.")
+        if self.degradation not in ("bicubic", *CHAINS):
+            if not Path(self.degradation).is_dir():
+                raise ValueError(
+                    f"`degradation` must be one of {['bicubic', *CHAINS]} or a folder of LR pictures, got "
+                    f"{self.degradation!r}."
+                )
+            if self.resize_to is not None:
+                raise ValueError("`resize_to` would leave the LR pictures of `degradation` as they are: leave it out.")
+        if self.resize_to is not None and self.resize_to < self.resolution:
+            raise ValueError(f"`resize_to` must be at least `resolution` {self.resolution}, got {self.resize_to}.")
+        if self.num_train_epochs is not None and not self.num_train_epochs > 0:
+            raise ValueError(f"`num_train_epochs` must be positive, got {self.num_train_epochs}.")
+        if not self.learning_rate <= 1:
+            raise ValueError(
+                f"`learning_rate` must be at most 1, as every weight moves by about so much a step, got "
+                f"{self.learning_rate}."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must lie in [0, 2^32), got {self.seed}.")
+        for name in ("sigma_atom", "teacher_weight", "adam_weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        configs = [name for name in ("pipeline", "unet", "scheduler") if getattr(self, name)]
+        if self.pretrained_model_name_or_path and configs:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` brings its own configs: leave out {' and '.join(configs)}, or it."
+            )
         if (self.teacher or self.frequency_weight) and self.train != "encoder":
             raise ValueError(
                 "`teacher` and `frequency_weight` are for the posterior mean: set `train: encoder`, got "
@@ -207,8 +250,6 @@ class Settings:
             raise ValueError(f"`unroll_weight` is for the head: set `train: head`, got {self.train!r}.")
         if self.teacher and (self.degradation != "bicubic" or self.streaming):
             raise ValueError("`teacher` answers to whole pictures: set `degradation: bicubic`, `streaming: false`.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
             raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
         if self.mixed_precision == "auto":
@@ -255,16 +296,49 @@ def parse_settings(arguments: list[str]) -> Settings:
     config = Path(parser.parse_known_args(arguments)[0].config)
     if not config.is_file():
         raise ValueError(f"`--config`: there is no file {config}.")
-    chosen = yaml.safe_load(config.read_text()) or {}
-    unknown = sorted(set(chosen) - {f.name for f in fields(Settings)})
+    try:
+        chosen = yaml.safe_load(config.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--config`: {config} is not YAML ({error}).") from error
+    if not isinstance(chosen, dict):
+        raise ValueError(f"`--config`: {config} must be a mapping of settings, got {type(chosen).__name__}.")
+    unknown = sorted(set(map(str, chosen)) - {f.name for f in fields(Settings)})
     if unknown:
         raise ValueError(f"{config} has unknown settings {unknown}; `--help` lists the known ones.")
-    for given, other in (("train_data_dir", "dataset_name"), ("dataset_name", "train_data_dir")):
-        if any(argument.split("=")[0] == f"--{given}" for argument in arguments):
-            chosen.pop(other, None)  # the flag replaces the file's pictures, whichever way those are named
+    kinds = get_type_hints(Settings)
+    chosen = {name: of_kind(value, kinds[name], f"{config}: `{name}`") for name, value in chosen.items()}
+    replaced = {  # a flag replaces what the file has to the same end
+        "train_data_dir": ["dataset_name"],
+        "dataset_name": ["train_data_dir"],
+        "pretrained_model_name_or_path": ["pipeline", "unet", "scheduler"],
+    }
+    flags = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
+    for given in flags & set(replaced):
+        for other in replaced[given]:
+            chosen.pop(other, None)
     parser.set_defaults(**chosen)
     (settings, _) = parser.parse_args_into_dataclasses(arguments)
     return settings
+
+
+def of_kind(value, kind: type, name: str):
+    """A value of a YAML file as a setting of some type has it; a single one makes a list of one."""
+    if get_origin(kind) is list:
+        return [of_kind(one, *get_args(kind), name) for one in (value if isinstance(value, list) else [value])]
+    if type(None) in get_args(kind):
+        return None if value is None else of_kind(value, get_args(kind)[0], name)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML takes 1e-4, without a point, for text
+        except ValueError:
+            pass
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    if kind is str and isinstance(value, dict) and name.split("`")[1] in ("pipeline", "unet", "scheduler"):
+        return value
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    way_out = "; put quotes around it" if kind is str and not isinstance(value, (dict, list)) else ""
+    raise ValueError(f"{name} must be {wanted}, got {value!r}{way_out}.")
 
 
 def main(arguments: list[str]) -> None:
@@ -274,12 +348,15 @@ def main(arguments: list[str]) -> None:
 
     # Accelerate, seed, and a look at the checkpoint to go on from.
     checkpoint = checkpoints.find(settings.resume_from_checkpoint, output_dir)
+    changes = changes_since(checkpoint, settings) if checkpoint else {}
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=settings.report_to,
         project_dir=str(output_dir),
     )
+    if settings.report_to and not accelerator.log_with:  # of which accelerate only warns
+        raise ValueError(f"`report_to`: {settings.report_to} is not installed; pip install it, or leave it out.")
     fit_strategy(accelerator, settings)
     set_seed(settings.seed)
     for number in (signal.SIGTERM, signal.SIGINT):  # answered after the optimiser step that it falls in, by all
@@ -314,11 +391,9 @@ def main(arguments: list[str]) -> None:
     classes = getattr(unet.config, "num_class_embeds", None)
     with accelerator.main_process_first():
         images = load_images(settings.train_data_dir, settings.dataset_name, classes is not None, settings.streaming)
-    if classes is not None and images.features["label"].num_classes != classes:
-        raise ValueError(
-            f"`num_class_embeds` is {classes}, but the data has the classes {images.features['label'].names[:20]}."
-        )
-    images, held_out = hold_out(images, settings, accelerator)
+    if classes is not None:
+        check_classes(images, classes)
+    images, held_out = hold_out(images, settings, cropping, accelerator)
 
     # Optimiser and its schedule, in optimiser steps whatever the number of processes.
     crops_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -342,14 +417,31 @@ def main(arguments: list[str]) -> None:
     progress = Progress()
     accelerator.register_for_checkpointing(ema, lr_schedule, progress)
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} does not fit the network or optimiser of these settings "
+                f"({reason}); changed since: {', '.join(changes) or 'nothing that is recorded'}."
+            ) from error
+        ema.decay = settings.ema_decay
+        if changes:
+            set_rates(optimizer, lr_schedule, settings)
         accelerator.print(f"Resumed from {checkpoint}: {progress.step} steps, {progress.images:,} crops.")
+        for name, (before, now) in changes.items():
+            accelerator.print(f"Changed since then: {name} from {before} to {now}.")
+        if progress.step > total_steps:
+            raise ValueError(
+                f"{checkpoint} has {progress.step} steps done, more than the {total_steps} of `max_train_steps` (or "
+                "`num_train_epochs`): raise it."
+            )
 
     # The rest of the stream of crops.
-    steps_left = max(total_steps - progress.step, 0)
+    steps_left = total_steps - progress.step
     length = steps_left * crops_per_step
     if settings.streaming:
-        crops = CropStream(images, cropping, progress.images, length)
+        crops = CropStream(images, cropping, progress.images, length, settings.train_batch_size)
     else:
         overfit = crops_per_step if settings.overfit else None
         crops = CropDataset(images, cropping, progress.images, length, settings.cache_gib, overfit)
@@ -361,6 +453,9 @@ def main(arguments: list[str]) -> None:
             accelerator.wait_for_everyone()
     loader = DataLoader(crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers)
     loader = accelerator.prepare(loader)
+
+    lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
+    distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
 
     # Write down what is about to happen, and make sure of the place where it is to go.
     if settings.push_to_hub and accelerator.is_main_process:
@@ -388,7 +483,6 @@ def main(arguments: list[str]) -> None:
     for frozen in (prior, image_encoder):
         if frozen is not None:
             frozen.requires_grad_(False).to(accelerator.device)
-    lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
     low, high = getattr(pipe.config, "data_range", (-1.0, 1.0))
     dropout = getattr(shown.config, "condition_dropout", 0.0)
 
@@ -490,19 +584,21 @@ def main(arguments: list[str]) -> None:
         if not settings.num_validation_images:
             return
         ema.copy_to(trainable(shown))
-        if not accelerator.is_main_process:
-            return
         pipe.set_progress_bar_config(disable=True)
         steps, grids = settings.validation_inference_steps, {}
         record = {"event": "validation", "step": progress.step}
         if upscales:
-            distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
-            measured, grids["bicubic_sr_hr"] = measure(pipe, pairs, steps, distance_of_pictures)
+            measured, grids["bicubic_sr_hr"] = measure(pipe, pairs, steps, distance_of_pictures, accelerator)
             record |= measured
             if is_flow:
-                grids["lr_source_sr_hr"] = coupling_grid(pipe, pairs, steps[-1])
-        else:
+                grids["lr_source_sr_hr"] = coupling_grid(pipe, pairs, steps[-1], accelerator)
+        elif accelerator.is_main_process:
             grids["samples"] = generated_grid(pipe, steps[-1])
+        quality = record.get(f"psnr_y_{steps[0]}", -math.inf)
+        improved = quality > progress.best and not settings.lora_rank
+        progress.best = quality if improved else progress.best
+        if not accelerator.is_main_process:
+            return
         log(accelerator, output_dir, record)
         accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=progress.step)
         accelerator.print(record)
@@ -512,9 +608,7 @@ def main(arguments: list[str]) -> None:
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     tracker.log_images({name: picture[None]}, step=progress.step, **dataformats(tracker))
-        quality = record.get(f"psnr_y_{steps[0]}")
-        if quality is not None and quality > progress.best and not settings.lora_rank:
-            progress.best = quality
+        if improved:
             pipe.save_pretrained(output_dir / "best")
 
     pairs = [pair_of(cropping, row) for row in held_out] if upscales else []
@@ -527,13 +621,13 @@ def main(arguments: list[str]) -> None:
     bar = tqdm(
         total=total_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step", mininterval=5
     )
-    losses, since = [], time.perf_counter()
+    losses, norms, since = [], [], time.perf_counter()
     for batch in loader:
         with accelerator.accumulate(unet):
             loss = objective(batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trainable(unet), settings.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(trainable(unet), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
@@ -542,6 +636,7 @@ def main(arguments: list[str]) -> None:
 
         if not accelerator.optimizer_step_was_skipped:  # as fp16 does while it looks for its loss scale
             lr_schedule.step()
+            norms += [] if norm is None else [torch.as_tensor(norm, device=accelerator.device)]
         ema.step(trainable(unet))
         progress.step += 1
         progress.images += crops_per_step
@@ -549,30 +644,36 @@ def main(arguments: list[str]) -> None:
         stopped = accelerator.check_trigger()
         last = progress.step == total_steps
         saves = progress.step % settings.checkpointing_steps == 0 or last or stopped
-        if progress.step % settings.logging_steps == 0 or saves:  # no checkpoint without a look at the loss
+        validates = (progress.step % settings.validation_steps == 0 or last) and not stopped
+        if progress.step % settings.logging_steps == 0 or saves or validates:  # nothing is kept without a look
             mean = accelerator.gather(torch.stack(losses).mean()).mean().item()
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"The loss is {mean} at step {progress.step}. The last checkpoint is untouched; lower "
-                    "`learning_rate` or use bf16, and go on with `--resume_from_checkpoint latest`."
-                )
+            norm = torch.stack(norms).mean().item() if norms else None  # without a step, as fp16 starts
+            for what, value in (("loss", mean), ("norm of the gradient", norm)):
+                if value is not None and not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"The {what} is {value} at step {progress.step}. The last checkpoint is untouched; lower "
+                        "`learning_rate` or use bf16, and go on with `--resume_from_checkpoint latest`."
+                    )
             rate = len(losses) / settings.gradient_accumulation_steps * crops_per_step / (time.perf_counter() - since)
             record = {
                 "step": progress.step,
                 "images": progress.images,
                 "loss": round(mean, 6),
+                "grad_norm": norm and float(f"{norm:.6g}"),
                 "learning_rate": lr_schedule.get_last_lr()[0],
                 "images_per_second": round(rate, 2),
             }
             log(accelerator, output_dir, record)
-            accelerator.log({k: v for k, v in record.items() if k != "step"}, step=progress.step)
+            numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
+            accelerator.log(numbers, step=progress.step)
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.1f}")
-            losses, since = [], time.perf_counter()
-        if (progress.step % settings.validation_steps == 0 or last) and not stopped:
+            losses, norms, since = [], [], time.perf_counter()
+        if validates:
             validate()
             since = time.perf_counter()
         if saves:
-            checkpoints.save(accelerator, output_dir, progress.step, settings.checkpoints_total_limit)
+            limit = settings.checkpoints_total_limit
+            checkpoints.save(accelerator, output_dir, progress.step, limit, asdict(settings))
         if stopped:
             accelerator.print(
                 f"Stopped by a signal after step {progress.step}; go on with `--resume_from_checkpoint latest`."
@@ -657,11 +758,35 @@ def add_adapters(unet: torch.nn.Module, rank: int) -> None:
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
 
 
-def hold_out(images, settings: Settings, accelerator: Accelerator):
+def changes_since(checkpoint: Path, settings: Settings) -> dict[str, tuple]:
+    """Settings that differ from those of a checkpoint, as name: (before, now); refuses what cannot change."""
+    before, now = checkpoints.settings_of(checkpoint), yaml.safe_load(yaml.safe_dump(asdict(settings)))
+    now.pop("resume_from_checkpoint")
+    changes = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    for name in ("optimizer", "train", "lora_rank"):
+        if name in changes:
+            raise ValueError(
+                f"`{name}` is {changes[name][1]!r}, but {checkpoint} was trained with {changes[name][0]!r}: keep "
+                "that, or start from its pipeline with `--pretrained_model_name_or_path` in another `output_dir`."
+            )
+    return changes
+
+
+def set_rates(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings):
+    """Puts learning rate, betas and weight decay of the settings in place of those that came with a checkpoint."""
+    schedule.base_lrs = [settings.learning_rate] * len(schedule.base_lrs)
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = settings.learning_rate
+        group["lr"] = settings.learning_rate * factor(schedule.last_epoch)
+        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+        group["weight_decay"] = settings.adam_weight_decay
+
+
+def hold_out(images, settings: Settings, cropping: Cropping, accelerator: Accelerator):
     """Pictures to train on and pictures to validate with, after a look at their sizes."""
     count = settings.num_validation_images
     if settings.streaming:
-        return images.skip(count), list(images.take(count))
+        return images.skip(count), list(undecoded(images.take(count)))
     small = smaller_than(images, settings.resolution) if settings.resize_to is None else {}
     if small and settings.small_images == "refuse":
         raise ValueError(
@@ -672,6 +797,8 @@ def hold_out(images, settings: Settings, accelerator: Accelerator):
     if small:
         images = images.select([number for number in range(len(images)) if number not in small])
         accelerator.print(f"{len(small)} pictures are smaller than a crop of {settings.resolution} and left out.")
+    if cropping.scale > 1 and settings.degradation not in ("bicubic", *CHAINS):
+        check_pairs(images, cropping)
     if len(images) <= count:
         raise ValueError(
             f"{len(images)} pictures, of which `num_validation_images` holds out {count}: none is left to train on."
@@ -683,7 +810,8 @@ def hold_out(images, settings: Settings, accelerator: Accelerator):
             f"`train_batch_size` is {settings.train_batch_size}, but there are only {kept} pictures to train on; "
             "lower it, and raise `gradient_accumulation_steps` instead."
         )
-    return images.select(range(kept)), [images[number] for number in range(kept, len(images))]
+    files = undecoded(images)
+    return images.select(range(kept)), [files[number] for number in range(kept, len(images))]
 
 
 def upsampled(lr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
@@ -692,7 +820,7 @@ def upsampled(lr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
 
 def pair_of(cropping: Cropping, row: dict) -> Pair:
     """A held-out picture and its LR by the degradation of the run."""
-    hr, lr = cropping.pair(row["image"])
+    hr, lr = cropping.pair(read_picture(row["image"]), name_of(row["image"]))
     if lr is None:
         lr = degrade(hr, cropping.scale, cropping.degradation, np.random.default_rng(cropping.seed))
     return Pair(hr, lr, row.get("label"))

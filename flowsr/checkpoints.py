@@ -13,11 +13,14 @@ import os
 import shutil
 from pathlib import Path
 
+import yaml
+
 MANIFEST = "manifest.json"
+SETTINGS = "settings.yaml"
 
 
-def save(accelerator, output_dir: Path, step: int, limit: int) -> Path:
-    """Writes `checkpoint-STEP`, then removes the oldest beyond `limit`.
+def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -> Path:
+    """Writes `checkpoint-STEP` with the settings of the run, then removes the oldest up to it beyond `limit`.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; older checkpoints are as they were.
@@ -30,6 +33,7 @@ def save(accelerator, output_dir: Path, step: int, limit: int) -> Path:
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (partial / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
             seal(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -41,7 +45,8 @@ def save(accelerator, output_dir: Path, step: int, limit: int) -> Path:
             f"still there: {kept}. Make room and go on with `--resume_from_checkpoint latest`."
         ) from error
     if accelerator.is_main_process:
-        for old in found_in(output_dir)[:-limit]:
+        until_now = [path for path in found_in(output_dir) if step_of(path) <= step]  # later ones are damaged
+        for old in until_now[:-limit]:
             shutil.rmtree(old)
     return final
 
@@ -85,7 +90,19 @@ def damage(folder: Path) -> str | None:
 def found_in(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def settings_of(checkpoint: Path) -> dict:
+    """The settings that a checkpoint was trained with; without a record of its own, those beside it."""
+    for record in (checkpoint / SETTINGS, checkpoint.parent / SETTINGS):
+        if record.is_file():
+            return yaml.safe_load(record.read_text())
+    return {}
 
 
 def find(wanted: str | None, output_dir: Path, say=print) -> Path | None:
@@ -96,18 +113,25 @@ def find(wanted: str | None, output_dir: Path, say=print) -> Path | None:
         say: called with a line for each damaged checkpoint that "latest" passes over.
 
     Raises:
-        ValueError: if a folder that was named is not there or is damaged, or all checkpoints of the run are.
+        ValueError: if a folder that was named is not there or is damaged, or all checkpoints of the run are; or if
+            `output_dir` has checkpoints of an earlier run, which this one and `latest` would mix with its own.
     """
-    if wanted is None:
-        return None
     if wanted != "latest":
-        if not Path(wanted).is_dir():
+        checkpoint = wanted and Path(wanted)
+        if checkpoint and not checkpoint.is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted}.")
-        if wrong := damage(Path(wanted)):
+        if checkpoint and (wrong := damage(checkpoint)):
             raise ValueError(
                 f"`resume_from_checkpoint`: {wanted} is damaged: {wrong}. Take an older one, or `latest`."
             )
-        return Path(wanted)
+        there = [path for path in found_in(output_dir) if not (checkpoint and damage(path))]
+        if there and not (checkpoint and there[-1].samefile(checkpoint)):
+            raise ValueError(
+                f"`output_dir`: {output_dir} has {there[-1].name} of an earlier run. Go on with it by "
+                "`--resume_from_checkpoint latest`, or choose another `output_dir` for a run from "
+                f"{wanted or 'the start'}."
+            )
+        return checkpoint
     newest_first = found_in(output_dir)[::-1]
     for path in newest_first:
         wrong = damage(path)

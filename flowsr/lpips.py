@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -39,15 +40,25 @@ class SqueezeLPIPS(nn.Module):
 
     Args:
         weights (`str`): safetensors with `backbone.LAYER.*` (SqueezeNet 1.1 without classifier) and `linN.weight`.
+
+    Raises:
+        ValueError: if the file is something else.
     """
 
     def __init__(self, weights: str):
         super().__init__()
         layers = {0: nn.Conv2d(3, 64, 3, stride=2), **{n: Fire(*sizes) for n, sizes in FIRES.items()}}
         self.backbone = nn.ModuleDict({str(n): layer for n, layer in layers.items()})
-        state = load_file(weights)
-        self.lins = [state.pop(f"lin{n}.weight") for n in range(len(TAPS))]  # each (1, channels, 1, 1)
-        self.load_state_dict({k: v for k, v in state.items() if k.startswith("backbone.")})
+        try:
+            state = load_file(weights)
+            for n in range(len(TAPS)):  # each (1, channels, 1, 1)
+                self.register_buffer(f"lin{n}", state[f"lin{n}.weight"], persistent=False)
+            self.load_state_dict({k: v for k, v in state.items() if k.startswith("backbone.")})
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{weights} does not hold LPIPS v0.1 with SqueezeNet ({type(error).__name__}: {reason})."
+            ) from error
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 
@@ -67,5 +78,6 @@ class SqueezeLPIPS(nn.Module):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`(n, 3, h, w)` in [-1, 1] twice -> `(n,)`."""
-        pairs = zip(self.features(a), self.features(b), self.lins)
+        lins = (getattr(self, f"lin{n}") for n in range(len(TAPS)))
+        pairs = zip(self.features(a), self.features(b), lins)
         return sum(((x - y).square() * lin).sum(1).mean((1, 2)) for x, y, lin in pairs)
