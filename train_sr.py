@@ -1,7 +1,8 @@
 """Trains a pipeline of flowsr, on one CPU as on a cluster.
 
-    accelerate launch train_sr.py --train_data_dir PHOTOS                        # the x4 network of configs/x4.yaml
-    accelerate launch train_sr.py --dataset_name DIV2K                           # on the 800 pictures of DIV2K
+    accelerate launch train_sr.py --train_data_dir PHOTOS                  # an encoder: configs/x4_encoder.yaml
+    accelerate launch train_sr.py --dataset_name DIV2K                     # on the 800 pictures of DIV2K
+    accelerate launch train_sr.py --config configs/x4_head.yaml --pretrained_model_name_or_path runs/x4_encoder ...
     accelerate launch train_sr.py --config configs/tiny.yaml --train_data_dir PHOTOS     # a first try, in seconds
     accelerate launch train_sr.py --train_data_dir PHOTOS --resume_from_checkpoint latest     # after any interruption
     accelerate launch train_sr.py --train_data_dir PHOTOS --pretrained_model_name_or_path OLD     # fine-tuning
@@ -19,8 +20,11 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -29,9 +33,11 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -45,12 +51,10 @@ from flowsr.data import (
     Cropping,
     CropStream,
     check_classes,
-    check_pairs,
+    decoded,
     load_images,
-    name_of,
-    read_picture,
-    smaller_than,
-    undecoded,
+    unfit_pictures,
+    with_lr,
 )
 from flowsr.degradations import CHAINS, degrade
 from flowsr.hub import clear_errors, publish
@@ -69,12 +73,21 @@ from flowsr.objectives import (
     unrolling_for,
 )
 from flowsr.optimizers import OPTIMIZERS, make_optimizer
+from flowsr.picture_file import one_line
 from flowsr.pipelines.conditioning import estimate
 from flowsr.teacher import teacher_from
 from flowsr.validation import Pair, coupling_grid, generated_grid, measure, plot_curves
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "x4_encoder.yaml"
 STRICT_ABOUT_LAYOUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # weights in channels_last are refused
+CONFIGS = ("pipeline", "unet", "scheduler")  # settings that are mappings, or JSON on the command line
+# What a resumed run must not change: network, optimiser, data and seed. All else is applied from then on.
+FIXED = (
+    "pipeline unet scheduler pretrained_model_name_or_path lora_rank train optimizer seed train_data_dir dataset_name "
+    "lr_data_dir streaming small_images resolution resize_to center_crop augmentation degradation overfit "
+    "num_validation_images"
+).split()
+OF_THE_CALL = ("output_dir", "resume_from_checkpoint")  # say nothing about the training
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal, as shells have it
 
 
@@ -87,16 +100,18 @@ class Settings:
     dataset_name: str | None = field(
         default=None, metadata={"help": "or: DIV2K, the URL of a zip, or a data set on the Hub, column `image`"}
     )
+    lr_data_dir: str | None = field(
+        default=None, metadata={"help": "folder of LR pictures with the names of the HR; without it they are made"}
+    )
     streaming: bool = field(default=False, metadata={"help": "read the data from start to end, storing nothing"})
-    small_images: str = field(default="refuse", metadata={"help": "smaller than a crop: refuse or skip"})
+    small_images: str = field(
+        default="refuse", metadata={"help": "smaller than a crop, or unreadable: refuse or skip"}
+    )
     resolution: int = field(default=192, metadata={"help": "side of a training crop, HR pixels"})
     resize_to: int | None = field(default=None, metadata={"help": "resize shorter sides to so many pixels first"})
     center_crop: bool = field(default=False, metadata={"help": "the middle of each picture, not a random place"})
     augmentation: str = field(default="turns", metadata={"help": "turns (8 symmetries), flip or none"})
-    degradation: str = field(
-        default="bicubic",
-        metadata={"help": f"bicubic, {', '.join(CHAINS)}, or a folder of LR pictures with the names of the HR ones"},
-    )
+    degradation: str = field(default="bicubic", metadata={"help": f"bicubic, {' or '.join(CHAINS)}"})
     overfit: bool = field(default=False, metadata={"help": "the first batch, over and over: can it be learned?"})
     cache_gib: float = field(default=8.0, metadata={"help": "decoded pictures kept in memory per loader, GiB"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "loader processes; 0 suits cached pictures"})
@@ -177,31 +192,33 @@ class Settings:
     push_to_hub: str | None = field(default=None, metadata={"help": "USER/NAME that the finished pipeline goes to"})
 
     def __post_init__(self):
-        for name in ("pipeline", "unet", "scheduler"):
+        for name in CONFIGS:
             value = getattr(self, name)
             try:
                 value = json.loads(value) if isinstance(value, str) else value
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{name}` is not JSON: {value!r} ({error}).") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"`{name}` must be a mapping such as {{}}, got {value!r}.")
             setattr(self, name, value)
         positive = (
             "resolution max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
-            "checkpoints_total_limit validation_steps logging_steps learning_rate max_grad_norm"
+            "checkpoints_total_limit validation_steps logging_steps learning_rate max_grad_norm resize_to "
+            "num_train_epochs"
         )
         for name in positive.split():
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        weights = ("colour_weight", "perceptual_weight", "frequency_weight", "unroll_weight")
-        counts = ("lora_rank", "num_validation_images", "lr_warmup_steps", "dataloader_num_workers")
-        for name in (*weights, *counts, "cache_gib"):
+        not_negative = (
+            "colour_weight perceptual_weight frequency_weight unroll_weight lora_rank cache_gib "
+            "num_validation_images lr_warmup_steps adam_weight_decay dataloader_num_workers"
+        )
+        for name in not_negative.split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         choices = {
             "loss": LOSSES,
             "endpoint_loss": (None, *LOSSES),
             "timestep_law": LAWS,
+            "degradation": ("bicubic", *CHAINS),
             "augmentation": ("turns", "flip", "none"),
             "small_images": ("refuse", "skip"),
             "optimizer": OPTIMIZERS,
@@ -211,35 +228,31 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        if self.degradation not in ("bicubic", *CHAINS):
-            if not Path(self.degradation).is_dir():
-                raise ValueError(
-                    f"`degradation` must be one of {['bicubic', *CHAINS]} or a folder of LR pictures, got "
-                    f"{self.degradation!r}."
-                )
-            if self.resize_to is not None:
-                raise ValueError("`resize_to` would leave the LR pictures of `degradation` as they are: leave it out.")
-        if self.resize_to is not None and self.resize_to < self.resolution:
-            raise ValueError(f"`resize_to` must be at least `resolution` {self.resolution}, got {self.resize_to}.")
-        if self.num_train_epochs is not None and not self.num_train_epochs > 0:
-            raise ValueError(f"`num_train_epochs` must be positive, got {self.num_train_epochs}.")
-        if not self.learning_rate <= 1:
-            raise ValueError(
-                f"`learning_rate` must be at most 1, as every weight moves by about so much a step, got "
-                f"{self.learning_rate}."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` must lie in [0, 2^32), got {self.seed}.")
-        for name in ("sigma_atom", "teacher_weight", "adam_weight_decay"):
+        for name in ("sigma_atom", "teacher_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        configs = [name for name in ("pipeline", "unet", "scheduler") if getattr(self, name)]
-        if self.pretrained_model_name_or_path and configs:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must lie in [0, 2^32), got {self.seed}.")
+        if not self.learning_rate <= 1e30:
             raise ValueError(
-                f"`pretrained_model_name_or_path` brings its own configs: leave out {' and '.join(configs)}, or it."
+                f"`learning_rate` must be at most 1e30, where float32 overflows, got {self.learning_rate}."
+            )
+        if self.streaming and self.dataloader_num_workers:
+            raise ValueError(
+                "Loader processes would divide a stream among them: set `dataloader_num_workers` to 0, or leave out "
+                f"`streaming`, got {self.dataloader_num_workers}."
+            )
+        if self.lr_data_dir and (self.streaming or self.resize_to or self.degradation != "bicubic"):
+            raise ValueError(
+                "`lr_data_dir` gives the LR of whole pictures: leave out `streaming`, `resize_to` and `degradation`."
+            )
+        if self.resize_to is not None and self.resize_to < self.resolution:
+            raise ValueError(
+                f"`resize_to` makes the shorter sides {self.resize_to} pixels long, but a crop has {self.resolution}: "
+                "raise `resize_to` or lower `resolution`."
             )
         if (self.teacher or self.frequency_weight) and self.train != "encoder":
             raise ValueError(
@@ -258,6 +271,10 @@ class Settings:
             raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU use bf16.")
         if self.perceptual_weight and not self.lpips_weights:
             raise ValueError("`perceptual_weight` needs `lpips_weights`, a safetensors file; or set it to 0.")
+        if self.report_to not in (None, "all", *map(str, get_available_trackers())):
+            raise ValueError(
+                f"`report_to: {self.report_to}` needs the package: pip install {self.report_to}; or leave it out."
+            )
         if self.lpips_weights and not Path(self.lpips_weights).is_file():
             raise ValueError(f"`lpips_weights`: there is no file {self.lpips_weights}.")
 
@@ -289,56 +306,94 @@ class Progress:
         vars(self).update(state)
 
 
+class Stopwatch:
+    """Seconds of training alone."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not training, such as a validation."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def lap(self) -> float:
+        """Since the start or the last lap."""
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds
+
+
 def parse_settings(arguments: list[str]) -> Settings:
-    """Defaults, then the YAML file behind `--config` (configs/x4.yaml if none is given), then the other flags."""
+    """Defaults, then the YAML file of `--config` (by default configs/x4_encoder.yaml), then the other flags."""
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0])
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file of the settings below")
     config = Path(parser.parse_known_args(arguments)[0].config)
     if not config.is_file():
         raise ValueError(f"`--config`: there is no file {config}.")
-    try:
-        chosen = yaml.safe_load(config.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`--config`: {config} is not YAML ({error}).") from error
-    if not isinstance(chosen, dict):
-        raise ValueError(f"`--config`: {config} must be a mapping of settings, got {type(chosen).__name__}.")
-    unknown = sorted(set(map(str, chosen)) - {f.name for f in fields(Settings)})
-    if unknown:
-        raise ValueError(f"{config} has unknown settings {unknown}; `--help` lists the known ones.")
-    kinds = get_type_hints(Settings)
-    chosen = {name: of_kind(value, kinds[name], f"{config}: `{name}`") for name, value in chosen.items()}
-    replaced = {  # a flag replaces what the file has to the same end
-        "train_data_dir": ["dataset_name"],
-        "dataset_name": ["train_data_dir"],
-        "pretrained_model_name_or_path": ["pipeline", "unet", "scheduler"],
-    }
-    flags = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
-    for given in flags & set(replaced):
-        for other in replaced[given]:
-            chosen.pop(other, None)
+    chosen = read_config(config)
+    flags = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
+    for given, other in (("train_data_dir", "dataset_name"), ("dataset_name", "train_data_dir")):
+        if given in flags:
+            chosen.pop(other, None)  # the flag replaces the file's pictures, whichever way those are named
+    if "pretrained_model_name_or_path" in flags:
+        if beside := sorted(flags.intersection(CONFIGS)):
+            raise ValueError(
+                f"`--pretrained_model_name_or_path` brings its own configs: leave out {', '.join(beside)}, or train "
+                "from the start."
+            )
+        chosen = {name: value for name, value in chosen.items() if name not in CONFIGS}
+    elif chosen.get("pretrained_model_name_or_path") and (beside := sorted((flags | set(chosen)) & set(CONFIGS))):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` of {config} brings its own configs: leave out {', '.join(beside)}."
+        )
     parser.set_defaults(**chosen)
     (settings, _) = parser.parse_args_into_dataclasses(arguments)
     return settings
 
 
-def of_kind(value, kind: type, name: str):
-    """A value of a YAML file as a setting of some type has it; a single one makes a list of one."""
-    if get_origin(kind) is list:
-        return [of_kind(one, *get_args(kind), name) for one in (value if isinstance(value, list) else [value])]
-    if type(None) in get_args(kind):
-        return None if value is None else of_kind(value, get_args(kind)[0], name)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+def read_config(file: Path) -> dict:
+    """The settings of a YAML file, in their types; a single value stands for a list of one.
+
+    Raises:
+        ValueError: for what is not YAML, unknown settings, and values of another type.
+    """
+    try:
+        chosen = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {one_line(error)}.") from error
+    if not isinstance(chosen, dict):
+        raise ValueError(f"{file} must hold lines of `setting: value`, found {chosen!r:.60}.")
+    types, names = get_type_hints(Settings), Settings.__annotations__
+    if unknown := sorted(map(str, chosen.keys() - types.keys())):
+        raise ValueError(f"{file} has unknown settings {unknown}; `--help` lists the known ones.")
+    for name, value in chosen.items():
+        if name in CONFIGS and isinstance(value, dict):
+            continue
         try:
-            return float(value)  # YAML takes 1e-4, without a point, for text
-        except ValueError:
-            pass
-    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
-        return value
-    if kind is str and isinstance(value, dict) and name.split("`")[1] in ("pipeline", "unet", "scheduler"):
-        return value
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    way_out = "; put quotes around it" if kind is str and not isinstance(value, (dict, list)) else ""
-    raise ValueError(f"{name} must be {wanted}, got {value!r}{way_out}.")
+            chosen[name] = as_type(value, types[name])
+        except (TypeError, ValueError):
+            way_out = "; put it in quotes" if "str" in names[name] and not isinstance(value, (dict, list)) else ""
+            raise ValueError(f"{file}: `{name}` must be {names[name]}, got {value!r}{way_out}.") from None
+    return chosen
+
+
+def as_type(value, wanted: type):
+    """A value of a YAML file as one of a setting's type; YAML takes 1e-4 for text.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    if get_origin(wanted) is list:
+        return [as_type(each, *get_args(wanted)) for each in (value if isinstance(value, list) else [value])]
+    allowed = get_args(wanted) or (wanted,)
+    if float in allowed and type(value) in (int, str):
+        return float(value)
+    if type(value) not in allowed:  # not isinstance, for which True is an int
+        raise TypeError
+    return value
 
 
 def main(arguments: list[str]) -> None:
@@ -348,19 +403,18 @@ def main(arguments: list[str]) -> None:
 
     # Accelerate, seed, and a look at the checkpoint to go on from.
     checkpoint = checkpoints.find(settings.resume_from_checkpoint, output_dir)
-    changes = changes_since(checkpoint, settings) if checkpoint else {}
+    changed = changed_settings(checkpoints.settings_of(checkpoint), settings) if checkpoint else []
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=settings.report_to,
         project_dir=str(output_dir),
     )
-    if settings.report_to and not accelerator.log_with:  # of which accelerate only warns
-        raise ValueError(f"`report_to`: {settings.report_to} is not installed; pip install it, or leave it out.")
     fit_strategy(accelerator, settings)
     set_seed(settings.seed)
-    for number in (signal.SIGTERM, signal.SIGINT):  # answered after the optimiser step that it falls in, by all
-        signal.signal(number, lambda *_: accelerator.set_trigger())
+    interrupted = threading.Event()  # answered after the optimiser step that it falls in, by all processes
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: (interrupted.set(), accelerator.set_trigger()))
 
     # Pipeline, network and scheduler.
     pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler, settings.pretrained_model_name_or_path)
@@ -369,6 +423,7 @@ def main(arguments: list[str]) -> None:
     upscales = unet.config.lr_channels is not None
     scale = pipe.scale_factor if upscales else 1
     check_objective(settings, pipe, is_flow, upscales)
+    distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     select_part(unet, settings.train)
@@ -393,7 +448,9 @@ def main(arguments: list[str]) -> None:
         images = load_images(settings.train_data_dir, settings.dataset_name, classes is not None, settings.streaming)
     if classes is not None:
         check_classes(images, classes)
-    images, held_out = hold_out(images, settings, cropping, accelerator)
+    if settings.lr_data_dir:
+        images = with_lr(images, settings.lr_data_dir, scale)
+    images, held_out = hold_out(images, settings, scale, accelerator)
 
     # Optimiser and its schedule, in optimiser steps whatever the number of processes.
     crops_per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -420,42 +477,42 @@ def main(arguments: list[str]) -> None:
         try:
             accelerator.load_state(str(checkpoint))
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"`resume_from_checkpoint`: {checkpoint} does not fit the network or optimiser of these settings "
-                f"({reason}); changed since: {', '.join(changes) or 'nothing that is recorded'}."
+                f"{checkpoint} does not fit the network or the optimizer ({one_line(error)}): resume with the "
+                "settings of its run, or start anew from its pipeline by `--pretrained_model_name_or_path`."
             ) from error
-        ema.decay = settings.ema_decay
-        if changes:
-            set_rates(optimizer, lr_schedule, settings)
-        accelerator.print(f"Resumed from {checkpoint}: {progress.step} steps, {progress.images:,} crops.")
-        for name, (before, now) in changes.items():
-            accelerator.print(f"Changed since then: {name} from {before} to {now}.")
         if progress.step > total_steps:
             raise ValueError(
-                f"{checkpoint} has {progress.step} steps done, more than the {total_steps} of `max_train_steps` (or "
-                "`num_train_epochs`): raise it."
+                f"{checkpoint} has done {progress.step} steps, but the run is to end after {total_steps}: raise "
+                "`max_train_steps` or `num_train_epochs`."
             )
+        ema.decay = settings.ema_decay
+        apply_rate(lr_schedule, settings)
+        accelerator.print(f"Resumed from {checkpoint}: {progress.step} steps, {progress.images:,} crops.")
+        for line in changed:
+            accelerator.print(f"Changed from here on: {line}.")
 
     # The rest of the stream of crops.
-    steps_left = total_steps - progress.step
+    steps_left = max(total_steps - progress.step, 0)
     length = steps_left * crops_per_step
     if settings.streaming:
-        crops = CropStream(images, cropping, progress.images, length, settings.train_batch_size)
+        crops = CropStream(images, cropping, progress.images, length, settings.small_images)
     else:
         overfit = crops_per_step if settings.overfit else None
-        crops = CropDataset(images, cropping, progress.images, length, settings.cache_gib, overfit)
+        crops = CropDataset(
+            images, cropping, progress.images, length, settings.cache_gib, overfit, small_images=settings.small_images
+        )
         if settings.teacher:
             crops.teacher = teacher_from(settings.teacher, scale, settings.teacher_cache, accelerator.device)
             mine = range(accelerator.process_index, len(images), accelerator.num_processes)
             for picture in tqdm(mine, desc="teacher", unit="picture", disable=not accelerator.is_main_process):
                 crops.read(picture)  # what the network answers is kept for all processes
             accelerator.wait_for_everyone()
-    loader = DataLoader(crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers)
-    loader = accelerator.prepare(loader)
-
-    lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
-    distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
+    loader = DataLoader(
+        crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    loader = accelerator.prepare_data_loader(loader, device_placement=False)
 
     # Write down what is about to happen, and make sure of the place where it is to go.
     if settings.push_to_hub and accelerator.is_main_process:
@@ -465,7 +522,7 @@ def main(arguments: list[str]) -> None:
             create_repo(settings.push_to_hub, exist_ok=True)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "settings.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False))
+        checkpoints.write_settings(asdict(settings), output_dir)
     log(accelerator, output_dir, {"event": "start", "step": progress.step, **versions()})
     accelerator.init_trackers(
         "flowsr", {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str))}
@@ -483,6 +540,7 @@ def main(arguments: list[str]) -> None:
     for frozen in (prior, image_encoder):
         if frozen is not None:
             frozen.requires_grad_(False).to(accelerator.device)
+    lpips = SqueezeLPIPS(settings.lpips_weights).to(accelerator.device) if settings.perceptual_weight else None
     low, high = getattr(pipe.config, "data_range", (-1.0, 1.0))
     dropout = getattr(shown.config, "condition_dropout", 0.0)
 
@@ -493,6 +551,7 @@ def main(arguments: list[str]) -> None:
         """What the network is told beside state and time."""
         told = {}
         dropped = condition_dropped(batch["index"], settings.seed, dropout) if dropout else None
+        dropped = dropped if dropped is None else dropped.to(accelerator.device)
         if upscales:
             told["lr"] = to_data_range(batch["lr"])
             if dropout:
@@ -520,14 +579,14 @@ def main(arguments: list[str]) -> None:
         """Lipman et al. 2023, eq. 23; from a source that depends on the data, Albergo et al. 2024."""
         hr, index, conditions = to_data_range(batch["hr"]), batch["index"], conditions_of(batch)
         lr_up = upsampled(conditions["lr"], hr) if upscales else torch.zeros_like(hr)
-        sigma = sigmas_for(index, settings.seed, settings.sigma_atom, law=settings.timestep_law)
+        sigma = sigmas_for(index, settings.seed, settings.sigma_atom, law=settings.timestep_law).to(hr.device)
         timestep = sigma * scheduler.config.num_train_timesteps
         start = to_data_range(estimate(prior, batch["lr"], scale)) if prior is not None else None
         if settings.train == "head":  # whose encoder does not change: that of the pipeline, whole on every device
             with torch.no_grad(), accelerator.autocast():
                 conditions["encoding"] = pipe.unet.encode(conditions["lr"])
             start = conditions["encoding"].mean
-        source = scheduler.sample_source(lr_up, start, generator=generators_for(index, settings.seed))
+        source = scheduler.sample_source(lr_up, start, generator=generators_for(index, settings.seed, hr.device))
         x_t = scheduler.add_noise(hr, source, timestep)
         prediction = unet(x_t, timestep, **conditions).sample
         velocity = scheduler.predict_velocity(prediction, x_t, timestep)
@@ -571,7 +630,7 @@ def main(arguments: list[str]) -> None:
         if pipe.config.target == "residual":
             original = (hr - pipe.upsample(conditions["lr"])) / pipe.config.residual_std
         timestep = timesteps_for(index, settings.seed, scheduler.config.num_train_timesteps, settings.timestep_law)
-        draws = generators_for(index, settings.seed)
+        timestep, draws = timestep.to(hr.device), generators_for(index, settings.seed, hr.device)
         noise = torch.stack([torch.randn(hr.shape[1:], generator=g, device=hr.device) for g in draws])
         x_t = scheduler.add_noise(original, noise, timestep)
         prediction = unet(x_t, timestep, **conditions).sample
@@ -581,24 +640,21 @@ def main(arguments: list[str]) -> None:
 
     def validate() -> None:
         """Metrics and grids of the averaged weights on the held-out pictures; the best pipeline so far is kept."""
-        if not settings.num_validation_images:
+        if not held_out or (upscales and not pairs):
             return
         ema.copy_to(trainable(shown))
         pipe.set_progress_bar_config(disable=True)
         steps, grids = settings.validation_inference_steps, {}
         record = {"event": "validation", "step": progress.step}
         if upscales:
-            measured, grids["bicubic_sr_hr"] = measure(pipe, pairs, steps, distance_of_pictures, accelerator)
+            measured, grids["bicubic_sr_hr"] = measure(pipe, pairs, steps, distance_of_pictures)
             record |= measured
             if is_flow:
-                grids["lr_source_sr_hr"] = coupling_grid(pipe, pairs, steps[-1], accelerator)
-        elif accelerator.is_main_process:
-            grids["samples"] = generated_grid(pipe, steps[-1])
-        quality = record.get(f"psnr_y_{steps[0]}", -math.inf)
-        improved = quality > progress.best and not settings.lora_rank
-        progress.best = quality if improved else progress.best
+                grids["lr_source_sr_hr"] = coupling_grid(pipe, pairs, steps[-1])
         if not accelerator.is_main_process:
             return
+        if not upscales:
+            grids["samples"] = generated_grid(pipe, steps[-1])
         log(accelerator, output_dir, record)
         accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=progress.step)
         accelerator.print(record)
@@ -608,10 +664,12 @@ def main(arguments: list[str]) -> None:
             for tracker in accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     tracker.log_images({name: picture[None]}, step=progress.step, **dataformats(tracker))
-        if improved:
+        quality = record.get(f"psnr_y_{steps[0]}")
+        if quality is not None and quality > progress.best and not settings.lora_rank:
+            progress.best = quality
             pipe.save_pretrained(output_dir / "best")
 
-    pairs = [pair_of(cropping, row) for row in held_out] if upscales else []
+    pairs = pairs_of(held_out, cropping, settings.small_images) if upscales else []
     objective = flow_matching_loss if is_flow else diffusion_loss
     if settings.train == "encoder":
         objective = posterior_mean_loss
@@ -621,8 +679,11 @@ def main(arguments: list[str]) -> None:
     bar = tqdm(
         total=total_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step", mininterval=5
     )
-    losses, norms, since = [], [], time.perf_counter()
+    losses, norms, watch = [], [], Stopwatch()
     for batch in loader:
+        batch = {
+            name: x if name == "index" else x.to(accelerator.device, non_blocking=True) for name, x in batch.items()
+        }
         with accelerator.accumulate(unet):
             loss = objective(batch)
             accelerator.backward(loss)
@@ -636,44 +697,42 @@ def main(arguments: list[str]) -> None:
 
         if not accelerator.optimizer_step_was_skipped:  # as fp16 does while it looks for its loss scale
             lr_schedule.step()
-            norms += [] if norm is None else [torch.as_tensor(norm, device=accelerator.device)]
+            norms.append(norm)
         ema.step(trainable(unet))
         progress.step += 1
         progress.images += crops_per_step
         bar.update()
-        stopped = accelerator.check_trigger()
+        stopped = interrupted.is_set() if accelerator.num_processes == 1 else accelerator.check_trigger()
         last = progress.step == total_steps
         saves = progress.step % settings.checkpointing_steps == 0 or last or stopped
         validates = (progress.step % settings.validation_steps == 0 or last) and not stopped
-        if progress.step % settings.logging_steps == 0 or saves or validates:  # nothing is kept without a look
-            mean = accelerator.gather(torch.stack(losses).mean()).mean().item()
-            norm = torch.stack(norms).mean().item() if norms else None  # without a step, as fp16 starts
-            for what, value in (("loss", mean), ("norm of the gradient", norm)):
-                if value is not None and not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"The {what} is {value} at step {progress.step}. The last checkpoint is untouched; lower "
-                        "`learning_rate` or use bf16, and go on with `--resume_from_checkpoint latest`."
-                    )
-            rate = len(losses) / settings.gradient_accumulation_steps * crops_per_step / (time.perf_counter() - since)
+        if progress.step % settings.logging_steps == 0 or saves or validates:  # nothing is kept without a look at it
+            mean, norm, largest = looked_at(accelerator, losses, norms, trainable(unet))
+            if not math.isfinite(mean + norm + largest):
+                raise FloatingPointError(
+                    f"The loss is {mean} at step {progress.step}, the norm of the gradient {norm}, the largest weight "
+                    f"{largest}. The last checkpoint is untouched; lower `learning_rate` or use bf16, and go on with "
+                    "`--resume_from_checkpoint latest`."
+                )
+            rate = len(losses) / settings.gradient_accumulation_steps * crops_per_step / watch.lap()
             record = {
                 "step": progress.step,
                 "images": progress.images,
                 "loss": round(mean, 6),
-                "grad_norm": norm and float(f"{norm:.6g}"),
+                "gradient_norm": float(f"{norm:.4g}"),
                 "learning_rate": lr_schedule.get_last_lr()[0],
                 "images_per_second": round(rate, 2),
             }
             log(accelerator, output_dir, record)
-            numbers = {k: v for k, v in record.items() if k != "step" and v is not None}
-            accelerator.log(numbers, step=progress.step)
+            accelerator.log({k: v for k, v in record.items() if k != "step"}, step=progress.step)
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.1f}")
-            losses, norms, since = [], [], time.perf_counter()
-        if validates:
-            validate()
-            since = time.perf_counter()
-        if saves:
-            limit = settings.checkpoints_total_limit
-            checkpoints.save(accelerator, output_dir, progress.step, limit, asdict(settings))
+            losses, norms = [], []
+        with watch.paused():
+            if validates:
+                validate()
+            if saves:
+                limit = settings.checkpoints_total_limit
+                checkpoints.save(accelerator, output_dir, progress.step, limit, asdict(settings))
         if stopped:
             accelerator.print(
                 f"Stopped by a signal after step {progress.step}; go on with `--resume_from_checkpoint latest`."
@@ -697,6 +756,40 @@ def main(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
+def changed_settings(before: dict, settings: Settings) -> list[str]:
+    """The settings that differ from those of a checkpoint, as `name: before -> now`.
+
+    Raises:
+        ValueError: if one of them cannot be changed within a run.
+    """
+    now = asdict(settings)
+    differing = [name for name in now if name in before and name not in OF_THE_CALL and before[name] != now[name]]
+    lines = {name: f"`{name}`: {before[name]} -> {now[name]}" for name in differing}
+    names_before, names_now = (
+        [Path(place).name for place in each.get("train_data_dir", [])] for each in (before, now)
+    )
+    moved = ["train_data_dir"] if names_before == names_now else []  # the same folders in another place
+    if refused := [lines[name] for name in differing if name in FIXED and name not in moved]:
+        raise ValueError(
+            f"A resumed run keeps its network, optimizer, data and seed, but the settings differ from those of the "
+            f"checkpoint: {', '.join(refused)}. Leave them as they were, or start a new run from its pipeline by "
+            "`--pretrained_model_name_or_path`."
+        )
+    return list(lines.values())
+
+
+def apply_rate(lr_schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings) -> None:
+    """Gives AdamW's settings and the schedule's rate to an optimiser whose state came from a checkpoint."""
+    lr_schedule.base_lrs = [settings.learning_rate] * len(lr_schedule.base_lrs)
+    rates = [
+        rate * factor(lr_schedule.last_epoch) for rate, factor in zip(lr_schedule.base_lrs, lr_schedule.lr_lambdas)
+    ]
+    for group, rate in zip(lr_schedule.optimizer.param_groups, rates, strict=True):
+        group |= {"lr": rate, "initial_lr": settings.learning_rate}
+        group |= {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.adam_weight_decay}
+    lr_schedule._last_lr = rates
+
+
 def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> None:
     """Refuses settings of the training that do not go together or with the pipeline, before any work."""
     scheduler, name = pipe.scheduler.config, type(pipe).__name__
@@ -713,6 +806,8 @@ def check_objective(settings: Settings, pipe, is_flow: bool, upscales: bool) -> 
         )
     if settings.endpoint_loss and not is_flow:
         raise ValueError(f"`endpoint_loss` is for flows, not for {name}.")
+    if settings.lr_data_dir and not upscales:
+        raise ValueError(f"`lr_data_dir` is for networks that upscale, not for {name}.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
     if settings.overfit and settings.streaming:
@@ -758,47 +853,22 @@ def add_adapters(unet: torch.nn.Module, rank: int) -> None:
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
 
 
-def changes_since(checkpoint: Path, settings: Settings) -> dict[str, tuple]:
-    """Settings that differ from those of a checkpoint, as name: (before, now); refuses what cannot change."""
-    before, now = checkpoints.settings_of(checkpoint), yaml.safe_load(yaml.safe_dump(asdict(settings)))
-    now.pop("resume_from_checkpoint")
-    changes = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    for name in ("optimizer", "train", "lora_rank"):
-        if name in changes:
-            raise ValueError(
-                f"`{name}` is {changes[name][1]!r}, but {checkpoint} was trained with {changes[name][0]!r}: keep "
-                "that, or start from its pipeline with `--pretrained_model_name_or_path` in another `output_dir`."
-            )
-    return changes
-
-
-def set_rates(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings):
-    """Puts learning rate, betas and weight decay of the settings in place of those that came with a checkpoint."""
-    schedule.base_lrs = [settings.learning_rate] * len(schedule.base_lrs)
-    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
-        group["initial_lr"] = settings.learning_rate
-        group["lr"] = settings.learning_rate * factor(schedule.last_epoch)
-        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
-        group["weight_decay"] = settings.adam_weight_decay
-
-
-def hold_out(images, settings: Settings, cropping: Cropping, accelerator: Accelerator):
+def hold_out(images, settings: Settings, scale: int, accelerator: Accelerator):
     """Pictures to train on and pictures to validate with, after a look at their sizes."""
     count = settings.num_validation_images
     if settings.streaming:
-        return images.skip(count), list(undecoded(images.take(count)))
-    small = smaller_than(images, settings.resolution) if settings.resize_to is None else {}
-    if small and settings.small_images == "refuse":
-        raise ValueError(
-            f"{len(small)} of {len(images)} pictures are smaller than a crop of {settings.resolution}: "
-            f"{', '.join(list(small.values())[:5])}{' ...' if len(small) > 5 else ''}. Leave them out with "
-            "`--small_images skip`, or lower `resolution`."
-        )
-    if small:
-        images = images.select([number for number in range(len(images)) if number not in small])
-        accelerator.print(f"{len(small)} pictures are smaller than a crop of {settings.resolution} and left out.")
-    if cropping.scale > 1 and settings.degradation not in ("bicubic", *CHAINS):
-        check_pairs(images, cropping)
+        return images.skip(count), list(images.take(count))
+    side = settings.resolution if settings.resize_to is None else 1
+    if unfit := unfit_pictures(images, side, scale):
+        words = f"pictures are smaller than a crop of {settings.resolution}, or do not fit or cannot be read"
+        if settings.small_images == "refuse":
+            raise ValueError(
+                f"{len(unfit)} of {len(images)} {words}: {', '.join(list(unfit.values())[:5])}"
+                f"{' ...' if len(unfit) > 5 else ''}. Leave them out with "
+                "`--small_images skip`, or lower `resolution`."
+            )
+        images = images.select([number for number in range(len(images)) if number not in unfit])
+        accelerator.print(f"{len(unfit)} {words}, and are left out.")
     if len(images) <= count:
         raise ValueError(
             f"{len(images)} pictures, of which `num_validation_images` holds out {count}: none is left to train on."
@@ -810,20 +880,44 @@ def hold_out(images, settings: Settings, cropping: Cropping, accelerator: Accele
             f"`train_batch_size` is {settings.train_batch_size}, but there are only {kept} pictures to train on; "
             "lower it, and raise `gradient_accumulation_steps` instead."
         )
-    files = undecoded(images)
-    return images.select(range(kept)), [files[number] for number in range(kept, len(images))]
+    return images.select(range(kept)), images.select([*range(kept, len(images))])
 
 
 def upsampled(lr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(lr, size=hr.shape[-2:], mode="bicubic", antialias=True)
 
 
-def pair_of(cropping: Cropping, row: dict) -> Pair:
-    """A held-out picture and its LR by the degradation of the run."""
-    hr, lr = cropping.pair(read_picture(row["image"]), name_of(row["image"]))
-    if lr is None:
-        lr = degrade(hr, cropping.scale, cropping.degradation, np.random.default_rng(cropping.seed))
-    return Pair(hr, lr, row.get("label"))
+def pairs_of(held_out, cropping: Cropping, small_images: str) -> list[Pair]:
+    """The held-out pictures and their LR by the degradation of the run; unreadable ones are refused or skipped."""
+    pairs = []
+    for number in range(len(held_out)):
+        try:
+            row, hr, lr = decoded(held_out, number, cropping)
+        except ValueError:
+            if small_images == "refuse":
+                raise
+            continue
+        if lr is None:
+            lr = degrade(hr, cropping.scale, cropping.degradation, np.random.default_rng(cropping.seed))
+        pairs.append(Pair(hr, lr, row.get("label")))
+    return pairs
+
+
+def looked_at(
+    accelerator: Accelerator, losses: list[torch.Tensor], norms: list[torch.Tensor | float | None], weights: list
+) -> tuple[float, float, float]:
+    """Mean loss and mean gradient norm since the last look, over all processes, and the largest weight now.
+
+    A norm precedes its step, and the loss that a step leads to is only known after the next: so the weights are looked
+    at too.
+    """
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms if norm is not None]
+    norm = torch.stack([torch.as_tensor(norm, device=accelerator.device).float() for norm in whole or [0.0]]).mean()
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    largest = torch.stack([weight.detach().float().abs().max() for weight in local if weight.numel()]).max()
+    found = accelerator.gather(torch.stack([torch.stack(losses).mean(), norm, largest])[None])
+    mean, norm = found[:, :2].mean(0).tolist()
+    return mean, norm, found[:, 2].max().item()
 
 
 def dataformats(tracker) -> dict:

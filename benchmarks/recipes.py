@@ -2,8 +2,8 @@
 
     python benchmarks/recipes.py PHOTOS --minutes 10 --hr Set5/HR --lr Set5/LRx4
 
-The original is configs/seed_flow_x4.yaml (U-Net on the HR grid, velocity from noise), ours configs/x4.yaml. Each gets
-a run of train_sr.py that is ended by a signal after the given minutes; the last checkpoint is measured.
+The original is configs/seed_flow_x4.yaml (U-Net on the HR grid, velocity from noise), ours configs/flow_unet_x4.yaml.
+Each gets a run of train_sr.py that is ended by a signal after the given minutes; the last checkpoint is measured.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from flowsr import checkpoints  # noqa: E402
 from flowsr.conversion import convert  # noqa: E402
 from flowsr.evaluate import evaluate, load_pairs  # noqa: E402
 
-RECIPES = {"original": ("seed_flow_x4", [8]), "flowsr": ("x4", [1, 4])}  # config, numbers of steps measured
+RECIPES = {"original": ("seed_flow_x4", [8]), "flowsr": ("flow_unet_x4", [1, 4])}  # config, numbers of steps measured
 
 
 def train(name: str, output: Path, minutes: float, **settings) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import TorchAoConfig
 
-from flowsr import FlowMatchSRPipeline, UNetSRModel
+from flowsr import FlowMatchSRPipeline
 from flowsr.evaluate import evaluate, load_pairs
 from flowsr.loading import load, resolve
 
@@ -38,7 +38,7 @@ def make(variant: str, checkpoint: str, folder: Path) -> tuple[FlowMatchSRPipeli
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
         kind = Int8WeightOnlyConfig if variant == "int8" else Int8DynamicActivationInt8WeightConfig
-        pipe.unet = UNetSRModel.from_pretrained(
+        pipe.unet = type(pipe.unet).from_pretrained(
             resolve(checkpoint),
             subfolder="unet",
             quantization_config=TorchAoConfig(kind()),
@@ -49,7 +49,9 @@ def make(variant: str, checkpoint: str, folder: Path) -> tuple[FlowMatchSRPipeli
         pipe.to(torch.bfloat16 if variant == "bfloat16" else torch.float32)
         pipe.unet.save_pretrained(folder)
         if variant == "compile":
-            pipe.unet.compile(dynamic=True)
+            parts = (pipe.unet.encoder, pipe.unet.head) if hasattr(pipe.unet, "encode") else (pipe.unet,)
+            for part in parts:  # `encode` does not go through the whole network's call
+                part.compile(dynamic=True)
     return pipe, sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".json")
 
 

@@ -23,7 +23,7 @@ COMPONENTS = {  # class: module; the names stand in saved pipelines
     "FlowMatchSRPipeline": "flowsr.pipelines.pipeline_flow_match_sr",
     "UNetSRModel": "flowsr.models.unet_sr",
 }
-_HOMES = {**COMPONENTS, "Upscaler": "flowsr.upscaler"}
+_HOMES = {**COMPONENTS, "Upscaler": "flowsr.upscaler", "stream": "flowsr.streaming"}
 
 __all__ = [
     "ContextUNetSRModel",
@@ -35,6 +35,7 @@ __all__ = [
     "UNetSRModel",
     "Upscaler",
     "bundled",
+    "stream",
 ]
 
 if _TYPE_CHECKING:
@@ -45,6 +46,7 @@ if _TYPE_CHECKING:
     from flowsr.pipelines.pipeline_flow_match import FlowMatchPipeline
     from flowsr.pipelines.pipeline_flow_match_sr import FlowMatchSRPipeline
     from flowsr.schedulers.scheduling_flow_match_sr_euler import FlowMatchSREulerScheduler
+    from flowsr.streaming import stream
     from flowsr.upscaler import Upscaler
 
 

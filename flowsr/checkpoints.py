@@ -20,7 +20,7 @@ SETTINGS = "settings.yaml"
 
 
 def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -> Path:
-    """Writes `checkpoint-STEP` with the settings of the run, then removes the oldest up to it beyond `limit`.
+    """Writes `checkpoint-STEP` with the settings that it was trained with, then removes the oldest beyond `limit`.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; older checkpoints are as they were.
@@ -33,7 +33,7 @@ def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (partial / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
+            write_settings(settings, partial)
             seal(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -45,10 +45,26 @@ def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -
             f"still there: {kept}. Make room and go on with `--resume_from_checkpoint latest`."
         ) from error
     if accelerator.is_main_process:
-        until_now = [path for path in found_in(output_dir) if step_of(path) <= step]  # later ones are damaged
-        for old in until_now[:-limit]:
-            shutil.rmtree(old)
+        remove_oldest(output_dir, step, limit)
     return final
+
+
+def remove_oldest(output_dir: Path, step: int, limit: int) -> None:
+    """Keeps the newest `limit` checkpoints up to `step`; later ones, which resuming has passed over, stay."""
+    for old in [path for path in found_in(output_dir) if step_of(path) <= step][:-limit]:
+        shutil.rmtree(old)
+
+
+def write_settings(settings: dict, folder: Path) -> None:
+    (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def settings_of(checkpoint: Path) -> dict:
+    """The settings that a checkpoint was trained with; those beside it where it holds none, or an empty dict."""
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / SETTINGS).is_file():
+            return yaml.safe_load((folder / SETTINGS).read_text())
+    return {}
 
 
 def seal(folder: Path) -> None:
@@ -89,49 +105,48 @@ def damage(folder: Path) -> str | None:
 
 def found_in(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=step_of)
+    return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def settings_of(checkpoint: Path) -> dict:
-    """The settings that a checkpoint was trained with; without a record of its own, those beside it."""
-    for record in (checkpoint / SETTINGS, checkpoint.parent / SETTINGS):
-        if record.is_file():
-            return yaml.safe_load(record.read_text())
-    return {}
+def step_of(folder: Path) -> int:
+    """The optimiser step in the name of a checkpoint; -1 for a folder of another name."""
+    step = folder.name.removeprefix("checkpoint-")
+    return int(step) if step.isdigit() else -1
 
 
 def find(wanted: str | None, output_dir: Path, say=print) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
-        wanted: a folder; or "latest", the newest whole one of the run, or nothing where it has none; or `None`.
+        wanted: a folder; or "latest", the newest whole one of the run, or nothing where it has none; or `None` for a
+            new run.
         say: called with a line for each damaged checkpoint that "latest" passes over.
 
     Raises:
-        ValueError: if a folder that was named is not there or is damaged, or all checkpoints of the run are; or if
-            `output_dir` has checkpoints of an earlier run, which this one and `latest` would mix with its own.
+        ValueError: if a folder that was named is not there or is damaged, or all checkpoints of the run are; if a new
+            run would write among checkpoints of another one, or after a checkpoint older than those of the folder.
     """
+    if wanted is None:
+        if found := found_in(output_dir):
+            raise ValueError(
+                f"{output_dir} holds {', '.join(path.name for path in found)} of an earlier run. Go on with it by "
+                "`--resume_from_checkpoint latest`, or choose another `output_dir`."
+            )
+        return None
     if wanted != "latest":
-        checkpoint = wanted and Path(wanted)
-        if checkpoint and not checkpoint.is_dir():
+        if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted}.")
-        if checkpoint and (wrong := damage(checkpoint)):
+        if wrong := damage(Path(wanted)):
             raise ValueError(
                 f"`resume_from_checkpoint`: {wanted} is damaged: {wrong}. Take an older one, or `latest`."
             )
-        there = [path for path in found_in(output_dir) if not (checkpoint and damage(path))]
-        if there and not (checkpoint and there[-1].samefile(checkpoint)):
+        later = [path for path in found_in(output_dir) if step_of(path) > step_of(Path(wanted)) and not damage(path)]
+        if later:
             raise ValueError(
-                f"`output_dir`: {output_dir} has {there[-1].name} of an earlier run. Go on with it by "
-                "`--resume_from_checkpoint latest`, or choose another `output_dir` for a run from "
-                f"{wanted or 'the start'}."
+                f"{output_dir} holds {', '.join(path.name for path in later)}, later than {Path(wanted).name}. Move "
+                "them away, or choose another `output_dir`."
             )
-        return checkpoint
+        return Path(wanted)
     newest_first = found_in(output_dir)[::-1]
     for path in newest_first:
         wrong = damage(path)

@@ -41,6 +41,9 @@ example:
     "card": """\
 example:
   flowsr card runs/x4 --results Set5=set5.json --license apache-2.0 --push_to_hub me/my-upscaler""",
+    "serve": """\
+example:
+  flowsr serve --port 7860 --checkpoint me/my-upscaler""",
     "demo": """\
 example:
   flowsr demo -o demo_output --checkpoint ddpm_x4 --steps 10""",
@@ -95,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         device_option(to)
         to.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
         to.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
-        to.add_argument("--tile", type=int, default=256, help="LR pixels per tile; 0 for none (default: 256)")
+        to.add_argument("--tile", type=int, help="LR pixels per tile; 0 for none (default: 256, or as memory allows)")
         to.add_argument("--seed", type=int, default=0, help="of the source noise (default: 0)")
         to.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
 
@@ -107,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
     it.add_argument("--overwrite", action="store_true", help="replace results that exist")
     it.add_argument("--max-pixels", type=int, help="largest result, all frames together")
+    it.add_argument(
+        "--max-memory", type=size_in_bytes, help="for the network's work, such as 2G (default: half of free)"
+    )
     it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
@@ -119,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--lr", help="folder of low-resolution ones (default: MATLAB's bicubic of the first)")
     it.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="network evaluations (default: 1 4)")
     it.add_argument("--lpips_weights", help="safetensors of LPIPS v0.1 with SqueezeNet")
+    it.add_argument("--curve", metavar="PNG", help="measure the whole dial and plot PSNR-Y against LPIPS")
+    it.add_argument("--others", metavar="CSV", help="other systems for the plot: columns system, psnr_y, lpips")
     it.add_argument("--json", metavar="FILE", help="also write every number to this file")
     flow_options(it)
 
@@ -140,6 +148,14 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--license", help="of the weights, as the Hub abbreviates it, such as apache-2.0")
     it.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the pipeline with its card")
 
+    it = command(serve, "Open the web page: dial, brush, heat map, download (extra `app`).")
+    it.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 for others too (default: 127.0.0.1)")
+    it.add_argument("--port", type=int, default=7860, help="default: 7860")
+    it.add_argument("--max-pixels", type=int, default=2**24, help="largest result (default: 2 ** 24)")
+    it.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: as saved)")
+    checkpoint_option(it)
+    device_option(it)
+
     it = command(demo, "Upscale the example photo and compare with bicubic and the original.")
     it.add_argument("-o", "--output", default="demo_output", help="folder (default: demo_output)")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
@@ -160,6 +176,7 @@ def upscale(options: argparse.Namespace) -> int:
     pipe = pipeline_of(options)
     from tqdm import tqdm
 
+    from flowsr.streaming import has_parts
     from flowsr.upscaler import call_options, upscale_file
 
     call = call_options(
@@ -167,14 +184,20 @@ def upscale(options: argparse.Namespace) -> int:
         options.fidelity,
         num_inference_steps=options.steps,
         consistency=options.consistency,
-        tile=options.tile or None,
+        tile=(None if has_parts(pipe) else 256) if options.tile is None else options.tile or None,
     )
     model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
     printed = sys.stderr if streamed else sys.stdout
     failures = []
     bar = tqdm(list(zip(inputs, targets)), unit="picture", disable=True if options.quiet else None)
+
+    def inside(done: int, total: int) -> None:
+        if total > 1:
+            bar.set_postfix_str(f"part {done} of {total}")
+
     for source, target in bar:
         bar.set_description(source.name)
+        bar.set_postfix_str("")
         report, start = {"input": str(source)}, time.perf_counter()
         try:
             width, height = upscale_file(
@@ -186,6 +209,8 @@ def upscale(options: argparse.Namespace) -> int:
                 model=None if options.no_provenance else model,
                 quality=options.quality,
                 max_pixels=max_pixels,
+                max_memory=options.max_memory,
+                progress=inside,
                 stream=sys.stdout.buffer if streamed else None,
                 say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
                 **call,
@@ -256,6 +281,18 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
     return targets
 
 
+def size_in_bytes(text: str) -> int:
+    """`512M` or `2G`, in powers of 1024; a number alone is bytes."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        size = int(float(number) * 1024 ** ["", "K", "M", "G", "T"].index(unit))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"a size is a positive number with K, M, G or T, such as 2G; got {text!r}")
+    return size
+
+
 def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
 
@@ -276,22 +313,30 @@ def pipeline_of(options: argparse.Namespace):
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    pipe = pipeline_of(options)
-    from flowsr.evaluate import evaluate as measure
-    from flowsr.evaluate import load_pairs, markdown_table
-    from flowsr.upscaler import call_options
+    from flowsr import evaluate as judge
 
-    pairs = load_pairs(options.hr, options.lr, pipe.scale_factor)
-    result = measure(
-        pipe,
-        pairs,
-        steps=options.steps,
-        seed=options.seed,
-        lpips_weights=options.lpips_weights,
-        **call_options(pipe, options.fidelity, consistency=options.consistency, tile=options.tile or None),
-    )
+    if options.others and not options.curve:
+        raise ValueError("`--others` is drawn into the plot of `--curve PNG`; give that too.")
+    if options.curve and options.fidelity:
+        raise ValueError(f"`--curve` measures the whole dial; leave `--fidelity`, got {options.fidelity}.")
+    others = judge.read_others(options.others) if options.others else []
+    pipe = pipeline_of(options)
+    pairs = judge.load_pairs(options.hr, options.lr, pipe.scale_factor)
+    how = {
+        "consistency": options.consistency,
+        "seed": options.seed,
+        "tile": 256 if options.tile is None else options.tile or None,
+    }
+    how["lpips_weights"] = options.lpips_weights
+    if options.curve:
+        result = judge.curve(pipe, pairs, options.steps, **how)
+        judge.plot_curve(
+            result, others, options.curve, f"{Path(options.hr).resolve().parent.name}, x{pipe.scale_factor}"
+        )
+    else:
+        result = judge.evaluate(pipe, pairs, options.steps, options.fidelity, **how)
     print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
-    print(markdown_table(result))
+    print(judge.markdown_table(result))
     if options.json:
         partial = Path(f"{options.json}.partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -347,6 +392,19 @@ def degrade(options: argparse.Namespace) -> int:
     sheet = degradation_sheet(options.input, options.degradation, options.scale, options.count, options.seed)
     sheet.save(options.output)
     print(f"{options.output}: the original and {options.count} draws of {options.degradation}, seed {options.seed}.")
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ImportError("The page needs Gradio: pip install 'flowsr[app]'.") from None
+    from flowsr.page import Page, layout
+
+    model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
+    app, page = layout(), Page(pipeline_of(options), model, options.max_pixels)
+    app.build(page).launch(server_name=options.host, server_port=options.port, **app.LAUNCH)
     return 0
 
 

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 
-from flowsr.degradations import CHAINS, cut_to_multiple, degrade, downscale
+from flowsr.degradations import cut_to_multiple, degrade, downscale
+from flowsr.picture_file import PICTURE_SUFFIXES, one_line
+from flowsr.pipelines.image_processor import read_pil
 
 DIV2K = "http://data.vision.ee.ethz.ch/cvl/DIV2K/"  # Agustsson and Timofte 2017
 KNOWN = {"DIV2K": DIV2K + "DIV2K_train_HR.zip", "DIV2K_valid": DIV2K + "DIV2K_valid_HR.zip"}
 SHUFFLE_BUFFER = 1000  # pictures of a stream among which chance picks the next
+# What Pillow raises for a damaged file.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def load_images(
-    train_data_dir: list[str] | str | None, dataset_name: str | None, labels: bool = False, streaming: bool = False
+    train_data_dir: list[str] | None, dataset_name: str | None, labels: bool = False, streaming: bool = False
 ):
     """Pictures of folders (or zips of them), or of a named data set, as one data set of HF datasets.
 
     Args:
-        train_data_dir (`list[str]`): folders or zips; files in them that are no pictures are left out.
+        train_data_dir (`list[str]`): folders or zips.
         dataset_name (`str`): "DIV2K" or "DIV2K_valid", the official zips; or the URL of a zip; or a data set on the
             Hub (or in a local folder) with a column `image`.
         labels (`bool`): keep the column `label`; in folders and zips it is the name of the folder of each picture.
@@ -38,8 +43,9 @@ def load_images(
         `datasets.Dataset`, or `datasets.IterableDataset` for `streaming`, with the column `image` (and `label`).
 
     Raises:
-        FileNotFoundError: if a folder does not exist or holds no picture, or a zip is broken.
-        ValueError: if not exactly one source is given, or a data set lacks `image`, or `label` where it is wanted.
+        FileNotFoundError: if a folder does not exist or holds no picture.
+        ValueError: if not exactly one source is given, a zip is damaged, or a data set has no column `image`, or no
+            `label` where `labels` wants it.
     """
     import datasets
 
@@ -48,86 +54,115 @@ def load_images(
             "Give either `train_data_dir` (folders or zips of pictures) or `dataset_name` (DIV2K, the URL of a zip, "
             f"or a data set on the Hub); got {train_data_dir!r} and {dataset_name!r}."
         )
+    options = {"split": "train", "streaming": streaming}
+    folder_options = {"path": "imagefolder", "drop_labels": not labels, **options}
     if dataset_name:
         url = KNOWN.get(dataset_name, dataset_name)
         if Path(url).is_file():
-            raise ValueError(f"`dataset_name`: {url} is a file; give a zip or a folder as `train_data_dir`.")
+            raise ValueError(f"`dataset_name`: {url} is a file; give it as `--train_data_dir {url}`.")
         if "://" in url:
-            sets = [from_files(url, {"data_files": {"train": url}}, labels, streaming)]
+            sets = [datasets.load_dataset(**where(url, labels, streaming), **folder_options)]
         else:
-            sets = [datasets.load_dataset(url, split="train", streaming=streaming)]
+            sets = [datasets.load_dataset(url, **options)]
     else:
         sets = []
-        for place in map(Path, [train_data_dir] if isinstance(train_data_dir, str) else train_data_dir):
+        for place in map(Path, train_data_dir):
             if not place.exists():
                 raise FileNotFoundError(f"`train_data_dir`: there is no {place}.")
-            where = {"data_dir": str(place)} if place.is_dir() else {"data_files": {"train": str(place)}}
-            sets.append(from_files(place, where, labels, streaming))
+            found = {"data_dir": str(place)} if place.is_dir() else where(str(place), labels, streaming)
+            try:
+                sets.append(datasets.load_dataset(**found, **folder_options))
+            except (datasets.exceptions.DatasetGenerationError, FileNotFoundError) as error:
+                raise FileNotFoundError(f"`train_data_dir`: no readable picture in {place} ({error}).") from error
     columns = ["image", "label"] if labels else ["image"]
     for found in sets:
         missing = [column for column in columns if column not in (found.column_names or [])]
         if missing:
             raise ValueError(f"The data set needs the columns {columns}, found {found.column_names}.")
-    return datasets.concatenate_datasets([found.select_columns(columns) for found in sets])
+    images = datasets.concatenate_datasets([found.select_columns(columns) for found in sets])
+    if streaming:  # of a zip, whatever it holds
+        undecoded = images.cast_column("image", datasets.Image(decode=False))
+        images = undecoded.filter(is_picture).cast_column("image", datasets.Image())
+    return images
 
 
-def from_files(place: str | Path, where: dict, labels: bool, streaming: bool):
-    """The pictures of a folder or zip, with the names of their folders as classes where `labels` are wanted.
+def where(archive: str, labels: bool, streaming: bool) -> dict[str, object]:
+    """What HF datasets are to read of a zip, by its path or URL: the folder that it is unpacked to, in their cache.
 
-    HF datasets lists them. It takes every file of a zip for a picture and finds no classes there, so both are done
-    here, by the paths alone.
+    A stream reads the zip itself, with whatever files are in it beside pictures.
     """
     import datasets
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    try:
-        found = datasets.load_dataset("imagefolder", drop_labels=True, split="train", streaming=streaming, **where)
-        paths = [row["image"]["path"] or "" for row in undecoded(found)]
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, zipfile.BadZipFile) as error:
-        raise FileNotFoundError(f"No readable picture in {place} ({error}).") from error
-
-    def is_picture(path: str) -> bool:
-        name = inner(path).name
-        return Path(name).suffix.lower() in ImageFolder.EXTENSIONS and not name.startswith(".")
-
-    kept = [number for number, path in enumerate(paths) if is_picture(path)]
-    if not kept:
-        raise FileNotFoundError(f"No readable picture in {place}: none of its {len(paths)} files has a known suffix.")
-    if len(kept) < len(paths):
-        if streaming:
-            found = undecoded(found).filter(lambda row: is_picture(row["image"]["path"]))
-        else:
-            found = found.select(kept)
-    if labels and "label" not in (found.column_names or []):
-        folders = [inner(paths[number]).parent.name for number in kept]
-        classes = datasets.ClassLabel(names=sorted(set(folders)))
-        features = datasets.Features({"image": datasets.Image(), "label": classes})
-        if streaming:
-            found = undecoded(found).map(
-                lambda row: {"label": classes.str2int(inner(row["image"]["path"]).parent.name)}, features=features
-            )
-        else:
-            found = found.add_column("label", classes.str2int(folders)).cast_column("label", classes)
-    return found.cast_column("image", datasets.Image())
+    if streaming:
+        if labels:
+            raise ValueError(f"The classes in {archive} cannot be streamed: unpack it, or leave out `streaming`.")
+        return {"data_files": {"train": archive}}
+    manager = datasets.DownloadManager()
+    path = manager.download(archive) if "://" in archive else archive
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{archive} is not a whole zip of pictures; fetch it anew, or give a folder.")
+    return {"data_dir": str(manager.extract(path))}
 
 
-def check_classes(images, count: int) -> None:
-    """Raises `ValueError` where the column `label` does not hold the classes 0..count - 1."""
+def is_picture(row: dict) -> bool:
+    """Whether an undecoded row is a picture by the name of its file, where it has one."""
+    path = row["image"]["path"]
+    return not path or Path(path.split("::")[0]).suffix.lower() in PICTURE_SUFFIXES
+
+
+def with_lr(images, lr_data_dir: str, scale: int):
+    """The data set with the LR pictures of a folder as its column `lr`.
+
+    An LR picture carries the name of its HR picture, with any suffix, or that with `x{scale}` behind the stem.
+
+    Raises:
+        ValueError: for a missing folder, and for pictures without an LR picture or with several.
+    """
     import datasets
 
-    feature = images.features["label"]
-    if isinstance(feature, datasets.ClassLabel):
-        if feature.num_classes != count:
-            raise ValueError(f"`num_class_embeds` is {count}, but the data has the classes {feature.names[:20]}.")
-        return
-    if isinstance(images, datasets.IterableDataset) or "int" not in getattr(feature, "dtype", ""):
+    if not Path(lr_data_dir).is_dir():
+        raise ValueError(f"`lr_data_dir`: there is no folder {lr_data_dir}.")
+    found: dict[str, list[str]] = {}
+    for path in sorted(Path(lr_data_dir).rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            found.setdefault(path.stem, []).append(str(path))
+    undecoded = images.cast_column("image", datasets.Image(decode=False))
+    names = [Path(row["path"] or "").stem for row in undecoded["image"]]
+    matches = [found.get(name, []) + found.get(f"{name}x{scale}", []) for name in names]
+    if wrong := [f"{name} ({len(match)})" for name, match in zip(names, matches) if len(match) != 1]:
         raise ValueError(
-            f"The column `label` is {feature}, whose classes are not known: store it as a ClassLabel, or (for whole "
-            "numbers) leave out `streaming`."
+            f"`lr_data_dir`: {lr_data_dir} must hold one LR picture for each of {len(names)} HR pictures, by "
+            f"its name; it does not for {len(wrong)}: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}."
         )
-    low, high = min(images["label"]), max(images["label"])
-    if low < 0 or high >= count:
-        raise ValueError(f"`num_class_embeds` is {count}, but the column `label` goes from {low} to {high}.")
+    return images.add_column("lr", [path for (path,) in matches]).cast_column("lr", datasets.Image())
+
+
+def check_classes(images, classes: int) -> None:
+    """Refuses labels that are not the classes 0..`classes` - 1 of the network."""
+    import datasets
+
+    label = images.features["label"]
+    if isinstance(label, datasets.ClassLabel):
+        if label.num_classes != classes:
+            raise ValueError(f"`num_class_embeds` is {classes}, but the data has the classes {label.names[:20]}.")
+        return
+    if "int" not in str(getattr(label, "dtype", label)):
+        raise ValueError(f"The column `label` must hold classes or integers, found {label}; cast it to ClassLabel.")
+    beyond = [] if isinstance(images, datasets.IterableDataset) else images.unique("label")
+    if beyond := sorted(number for number in beyond if not 0 <= number < classes):
+        raise ValueError(f"`num_class_embeds` is {classes}, but the data has the labels {beyond[:20]}.")
+
+
+def as_levels(image: Image.Image, mode: str) -> Image.Image:
+    """An image of 8 bits per channel in "RGB" or "L"; greys of 16 bits keep their brightness, as in inference.
+
+    Raises:
+        ValueError: for a mode without a defined way to RGB.
+    """
+    if image.mode[0] in "IF" or image.mode == "LAB":  # which Pillow would clip to 255
+        grey = read_pil(image).color[0, 0]
+        image = Image.fromarray(((grey + 1) * 127.5).round().byte().numpy())
+    return image.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -140,8 +175,7 @@ class Cropping:
         seed (`int`): which stream.
         channels (1 or 3): grey or RGB.
         degradation: "bicubic" makes the LR from the whole picture, so that crops have no edges of their own; the
-            random chains of [`degrade`] make it from the crop; else a folder of LR pictures, each with the name of
-            its HR picture (any suffix).
+            random chains of [`degrade`] make it from the crop.
         augmentation: "turns" for the eight symmetries of the square, "flip" for left and right, "none".
         center_crop (`bool`): the middle of the picture instead of a random place.
         resize_to (`int`, *optional*): pictures are first resized so that the shorter side has this many pixels.
@@ -156,30 +190,32 @@ class Cropping:
     center_crop: bool = False
     resize_to: int | None = None
 
-    def pair(self, picture: Image.Image, name: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-        """A picture cut to a multiple of the scale, and the LR of the whole of it, if any; uint8 `(h, w, c)`.
+    def pair(self, picture: Image.Image, lr: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """A picture cut to a multiple of the scale, and the LR of the whole picture where it is used.
 
         Args:
-            name: of the picture's file, by which its LR is found in a folder.
+            picture: HR.
+            lr: its LR; by default bicubic.
+
+        Returns:
+            uint8 `(h, w, c)` and `(h / scale, w / scale, c)`.
 
         Raises:
-            ValueError: if the folder has no LR of that name, or one that is not `1 / scale` as large.
+            ValueError: if the sizes do not fit.
         """
         mode = "RGB" if self.channels == 3 else "L"
-        picture = picture.convert(mode)
+        picture = as_levels(picture, mode)
         if self.resize_to is not None:
             factor = self.resize_to / min(picture.size)
             picture = picture.resize([round(side * factor) for side in picture.size], Image.BICUBIC)
         hr = cut_to_multiple(np.atleast_3d(np.asarray(picture)), self.scale)
-        if self.scale == 1 or self.degradation in CHAINS:
-            return hr, None
-        if self.degradation == "bicubic":
-            return hr, downscale(hr, self.scale)
-        path = paired_with(self.degradation, name)
-        lr = np.atleast_3d(np.asarray(read_picture({"bytes": None, "path": str(path)}).convert(mode)))
-        if hr.shape[:2] != (lr.shape[0] * self.scale, lr.shape[1] * self.scale):
-            raise ValueError(wrong_size(name, hr.shape[1::-1], path, lr.shape[1::-1], self.scale))
-        return hr, lr
+        if lr is not None:
+            if tuple(side * self.scale for side in lr.size) != hr.shape[1::-1]:
+                raise ValueError(
+                    f"its LR of {lr.width}x{lr.height} is not 1 / {self.scale} of {hr.shape[1]}x{hr.shape[0]}"
+                )
+            return hr, np.atleast_3d(np.asarray(as_levels(lr, mode)))
+        return hr, downscale(hr, self.scale) if self.scale > 1 and self.degradation == "bicubic" else None
 
     def crop(
         self, hr: np.ndarray, lr: np.ndarray | None, index: int, label: int | None, answer: np.ndarray | None = None
@@ -215,19 +251,23 @@ class CropDataset(Dataset):
     `start` continues one that ended there, to the bit.
 
     Args:
-        images (`datasets.Dataset`): pictures in the column `image`, classes (if any) in `label`.
+        images (`datasets.Dataset`): pictures in the column `image`, classes (if any) in `label`, and in `lr` the LR
+            pictures where they are given.
         cropping ([`Cropping`]): how crops are cut.
         start, length (`int`): first crop and number of crops.
         cache_gib (`float`): how much decoded data is kept in memory, in GiB.
         overfit (`int`, *optional*): only so many different crops, over and over.
         teacher: gives an answer for the name of a picture and its LR, see [`flowsr.teacher`].
+        small_images ("refuse" or "skip"): what becomes of a picture that cannot be decoded: an error, or the next
+            picture in its place.
     """
 
     def __init__(
         self, images, cropping: Cropping, start: int = 0, length: int = 0, cache_gib: float = 0.0,
         overfit: int | None = None, teacher: Callable[[str | None, np.ndarray], np.ndarray] | None = None,
+        small_images: str = "refuse",
     ):  # fmt: skip
-        self.images, self.cropping, self.teacher = undecoded(images), cropping, teacher
+        self.images, self.cropping, self.teacher, self.small_images = images, cropping, teacher, small_images
         self.start, self.length, self.overfit = start, length, overfit
         self.labelled = "label" in images.column_names
         self.cache_left = int(cache_gib * 2**30)
@@ -248,10 +288,17 @@ class CropDataset(Dataset):
         """A picture, its LR, its class and the teacher's answer, read once as long as the cache has room."""
         if picture in self.cache:
             return self.cache[picture]
-        row = self.images[picture]
-        name = name_of(row["image"])
-        hr, lr = self.cropping.pair(read_picture(row["image"]), name)
-        answer = self.teacher(name, lr) if self.teacher is not None else None
+        for number in range(picture, picture + len(self.images)):
+            try:
+                row, hr, lr = decoded(self.images, number % len(self.images), self.cropping)
+                break
+            except ValueError:
+                if self.small_images == "refuse":
+                    raise
+        else:
+            raise ValueError("None of the pictures can be read.")
+        picture = number % len(self.images)
+        answer = self.teacher(name_of(self.images, picture), lr) if self.teacher is not None else None
         found = hr, lr, row["label"] if self.labelled else None, answer
         size = sum(array.nbytes for array in (hr, lr, answer) if array is not None)
         if size <= self.cache_left:
@@ -260,35 +307,61 @@ class CropDataset(Dataset):
         return found
 
 
+def decoded(images, picture: int, cropping: Cropping) -> tuple[dict, np.ndarray, np.ndarray | None]:
+    """The row of a picture, its pixels and its LR.
+
+    Raises:
+        ValueError: naming the file, if it or its LR cannot be decoded.
+    """
+    try:
+        row = images[picture]
+        return row, *cropping.pair(row["image"], row.get("lr"))
+    except UNREADABLE as error:
+        raise unreadable(name_of(images, picture) or f"Picture {picture}", error) from error
+
+
+def unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} cannot be read ({one_line(error)}); mend or remove it, or set `--small_images skip`.")
+
+
 class CropStream(IterableDataset):
     """The training stream of pictures that come one after the other; pictures smaller than a crop are left out.
 
     Each pass is shuffled within a buffer. A stream that begins at `start` reads past what an earlier one has used,
-    without decoding it, and continues it to the bit. Loader processes read the same stream, and each decodes the
-    crops of its own batches.
+    without decoding it, and continues it to the bit.
 
     Args:
         images (`datasets.IterableDataset`), cropping, start, length: as for [`CropDataset`].
-        batch_size (`int`): crops of a batch of the loader.
+        small_images ("refuse" or "skip"): what becomes of a file that is no picture: an error, or it is left out. One
+            that breaks off further on is always an error, as a resumed run reads past it undecoded.
     """
 
-    def __init__(self, images, cropping: Cropping, start: int, length: int, batch_size: int = 1):
-        self.images = undecoded(images).shuffle(seed=cropping.seed, buffer_size=SHUFFLE_BUFFER)
-        self.cropping, self.start, self.length, self.batch_size = cropping, start, length, batch_size
+    def __init__(self, images, cropping: Cropping, start: int, length: int, small_images: str = "refuse"):
+        import datasets
+
+        images = images.cast_column("image", datasets.Image(decode=False))
+        self.images = images.shuffle(seed=cropping.seed, buffer_size=SHUFFLE_BUFFER)
+        self.cropping, self.start, self.length, self.small_images = cropping, start, length, small_images
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
         index, epoch = 0, 0
         while index < self.start + self.length:
             self.images.set_epoch(epoch)
             before = index
-            for rows in self.images.iter(batch_size=1):  # unlike `iter(self.images)` not split over loader processes
-                row = {name: column[0] for name, column in rows.items()}
-                if self.cropping.resize_to is None and min(size_of(row["image"])) < self.cropping.resolution:
+            for row in self.images:
+                try:
+                    picture = open_undecoded(row["image"])
+                except UNREADABLE as error:
+                    if self.small_images == "refuse":
+                        raise unreadable(row["image"]["path"] or f"Picture {index}", error) from error
                     continue
-                batch = (index - self.start) // self.batch_size  # of the loader, which asks its processes in turn
-                if index >= self.start and (worker is None or batch % worker.num_workers == worker.id):
-                    pair = self.cropping.pair(read_picture(row["image"]), name_of(row["image"]))
+                if self.cropping.resize_to is None and min(picture.size) < self.cropping.resolution:
+                    continue
+                if index >= self.start:
+                    try:
+                        pair = self.cropping.pair(ImageOps.exif_transpose(picture))
+                    except UNREADABLE as error:
+                        raise unreadable(row["image"]["path"] or f"Picture {index}", error) from error
                     yield self.cropping.crop(*pair, index, row.get("label"))
                 index += 1
                 if index >= self.start + self.length:
@@ -315,107 +388,51 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 127.5 - 1
 
 
-def smaller_than(images, resolution: int) -> dict[int, str]:
-    """The pictures whose shorter side is below `resolution` pixels, as number: name and size; reads headers only."""
-    small = {}
-    for number, row in enumerate(undecoded(images)):
-        width, height = size_of(row["image"])
-        if min(width, height) < resolution:
-            small[number] = f"{row['image']['path'] or number} ({width}x{height})"
-    return small
+def unfit_pictures(images, side: int, scale: int = 1) -> dict[int, str]:
+    """Number, name and reason of each picture that cannot be trained on; reads headers only.
 
-
-def check_pairs(images, cropping: Cropping) -> None:
-    """Raises `ValueError` unless each picture has its LR in the folder of `cropping`; reads headers only."""
-    for row in undecoded(images):
-        name = name_of(row["image"])
-        path = paired_with(cropping.degradation, name)
-        hr, lr = size_of(row["image"]), size_of({"bytes": None, "path": str(path)})
-        if sorted(side // cropping.scale for side in hr) != sorted(lr):  # EXIF may turn either
-            raise ValueError(wrong_size(name, hr, path, lr, cropping.scale))
-
-
-def wrong_size(name: str, hr: tuple[int, int], path: Path, lr: tuple[int, int], scale: int) -> str:
-    return (
-        f"`degradation`: {path} has {lr[0]}x{lr[1]} pixels, but its HR picture {name} has {hr[0]}x{hr[1]}: at scale "
-        f"{scale} the LR must have {hr[0] // scale}x{hr[1] // scale}."
-    )
-
-
-def paired_with(folder: str, name: str | None) -> Path:
-    """The file in a folder (or the folders in it) that has the name of a picture, whatever its suffix."""
-    found = files_by_stem(folder).get(Path(name or "").stem, [])
-    if len(found) != 1:
-        raise ValueError(
-            f"`degradation`: {folder} must hold one LR picture for {name}, named as it, found "
-            f"{', '.join(map(str, found)) or 'none'}."
-        )
-    return found[0]
-
-
-@lru_cache(maxsize=4)
-def files_by_stem(folder: str) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            found.setdefault(path.stem, []).append(path)
-    return found
-
-
-# Undecoded pictures of HF datasets: `{"bytes": ..., "path": ...}`, where a path may lie in a zip.
-
-
-def undecoded(images):
-    """The same data set, whose pictures are files that nobody has decoded."""
+    Args:
+        side (`int`): least shorter side, pixels.
+        scale (`int`): HR pixels per pixel of the column `lr`, where there is one.
+    """
     import datasets
 
-    return images.cast_column("image", datasets.Image(decode=False))
+    unfit = {}
+    columns = [name for name in ("image", "lr") if name in images.column_names]
+    for column in columns:
+        images = images.cast_column(column, datasets.Image(decode=False))
+    for number, row in enumerate(images.select_columns(columns)):
+        name = row["image"]["path"] or number
+        try:
+            size, *lr_size = (open_size(row[column]) for column in columns)
+        except UNREADABLE as error:
+            unfit[number] = f"{name} (cannot be read: {one_line(error)})"
+            continue
+        if min(size) < side:
+            unfit[number] = f"{name} ({size[0]}x{size[1]})"
+        elif lr_size and sorted(lr_size[0]) != sorted(each // scale for each in size):  # as they lie, not upright
+            unfit[number] = f"{name} ({size[0]}x{size[1]} with an LR of {lr_size[0][0]}x{lr_size[0][1]})"
+    return unfit
 
 
-def inner(path: str) -> Path:
-    """A path, without the zip that it lies in: "zip://a/1.png::/photos.zip" -> a/1.png."""
-    return Path(path.split("::")[0].removeprefix("zip://"))
+def open_size(row: dict) -> tuple[int, int]:
+    with open_undecoded(row) as picture:
+        return picture.size
 
 
-def name_of(row: dict) -> str | None:
+def name_of(images, picture: int) -> str | None:
     """The file name of a picture, where it came from a file."""
-    return inner(row["path"]).name if row["path"] else None
+    import datasets
+
+    undecoded = images.select([picture]).cast_column("image", datasets.Image(decode=False))
+    path = undecoded[0]["image"]["path"]
+    return path and Path(path).name
 
 
-def size_of(row: dict) -> tuple[int, int]:
-    """Width and height as the header has them, before EXIF turns the picture."""
-    try:
-        with open_undecoded(row) as file, Image.open(file) as picture:
-            return picture.size
-    except Exception as error:
-        raise unreadable(row, error) from error
-
-
-def read_picture(row: dict) -> Image.Image:
-    """A picture in 8-bit RGB, upright, as the pipelines read it: 16 bits are rounded, alpha is left out.
-
-    Raises:
-        ValueError: if it is damaged, with its name.
-    """
-    from flowsr.pipelines.image_processor import read_pil
-
-    try:
-        with open_undecoded(row) as file:
-            picture = ImageOps.exif_transpose(Image.open(file))
-            if picture.mode in ("L", "RGB"):
-                return picture.convert("RGB")  # the same levels, sooner
-            color = read_pil(picture).color[0]
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... for broken files
-        raise unreadable(row, error) from error
-    return Image.fromarray(((color + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-
-
-def unreadable(row: dict, error: Exception) -> ValueError:
-    name = row["path"] or "without a name"
-    return ValueError(f"The training picture {name} cannot be read ({error}): repair it, or take it out.")
-
-
-def open_undecoded(row: dict) -> BinaryIO:
+def open_undecoded(row: dict) -> Image.Image:
+    """Opens an undecoded picture of HF datasets (bytes, or a path that may lie in a zip)."""
     from datasets.utils.file_utils import xopen
 
-    return io.BytesIO(row["bytes"]) if row["bytes"] is not None else xopen(row["path"], "rb")
+    if row["bytes"] is not None:
+        return Image.open(io.BytesIO(row["bytes"]))
+    return Image.open(xopen(row["path"], "rb"))

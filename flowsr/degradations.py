@@ -91,7 +91,7 @@ def downscale(image: np.ndarray, scale: int, rounded: bool = True) -> np.ndarray
     return image
 
 
-# Random damage. Every step maps a picture, float32 `(3, h, w)` in [0, 1], to another and draws from `random` alone.
+# Random damage. Every step maps a picture, float32 `(c, h, w)` in [0, 1], to another and draws from `random` alone.
 
 
 def gaussian_kernel(size: int, sigmas: tuple[float, float], angle: float, beta: float = 1.0, plateau: bool = False):
@@ -179,7 +179,7 @@ def jpeg(image: torch.Tensor, random: np.random.Generator, quality: tuple[int, i
     """Through a JPEG file of a quality in the given range, both ends included."""
     levels = (image * 255).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
-    picture = Image.fromarray((levels[0] if len(levels) == 1 else levels.permute(1, 2, 0)).numpy())
+    picture = Image.fromarray(levels.permute(1, 2, 0).numpy() if len(image) == 3 else levels[0].numpy())
     picture.save(file, "JPEG", quality=int(random.integers(quality[0], quality[1] + 1)))
     return torch.from_numpy(np.atleast_3d(np.array(Image.open(file)))).permute(2, 0, 1).float() / 255
 
@@ -245,13 +245,13 @@ def degrade(image: np.ndarray, scale: int, chain: str, random: np.random.Generat
     """A low-resolution version of a picture by one draw of a chain.
 
     Args:
-        image (`np.ndarray` of shape `(h, w, 3)` or `(h, w, 1)`, uint8): sides that are multiples of `scale`.
+        image (`np.ndarray` of shape `(h, w, c)`, uint8): RGB or grey, sides that are multiples of `scale`.
         scale (`int`): HR pixels per LR pixel.
         chain ("bicubic", "bsrgan", "real_esrgan"): "bicubic" draws nothing.
         random (`np.random.Generator`): all that chance decides comes from here.
 
     Returns:
-        `np.ndarray` of shape `(h / scale, w / scale, 3)` or `(h / scale, w / scale, 1)`, uint8.
+        `np.ndarray` of shape `(h / scale, w / scale, c)`, uint8.
 
     Raises:
         ValueError: for an unknown chain.

@@ -13,6 +13,7 @@ import torch
 from flowsr.degradations import cut_to_multiple, downscale
 from flowsr.files import PICTURE_SUFFIXES, find_pictures, read_picture
 from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, psnr_y, ssim_y
+from flowsr.upscaler import call_options
 
 
 @dataclass
@@ -71,6 +72,40 @@ def evaluate(
     Returns:
         `dict`: `rows`, one per method, with `images` holding the numbers of each picture; and the settings.
     """
+    positions = [(count, fidelity) for count in steps]
+    result = measure_positions(pipe, pairs, positions, consistency, seed, tile, lpips_weights)
+    return {**result, "fidelity": fidelity}
+
+
+def curve(
+    pipe,
+    pairs: list[Pair],
+    steps: list[int] = [1, 2, 4, 8],
+    fidelities: list[float] = [0.75, 0.5, 0.25],
+    **options,
+) -> dict:
+    """The perception-distortion curve of the dial: from fidelity 1 down at the most steps, then each number of steps.
+
+    Args:
+        steps: numbers of steps at fidelity 0; one step is fidelity 1.
+        fidelities: of the positions between, at `max(steps)` steps.
+        options: further arguments of [`evaluate`].
+    """
+    positions = [(1, 1.0), *((max(steps), fidelity) for fidelity in fidelities)]
+    positions += [(count, 0.0) for count in steps if count > 1]
+    return measure_positions(pipe, pairs, positions, **options)
+
+
+def measure_positions(
+    pipe,
+    pairs: list[Pair],
+    positions: list[tuple[int, float]],
+    consistency: str | None = None,
+    seed: int = 0,
+    tile: int | None = None,
+    lpips_weights: str | None = None,
+) -> dict:
+    """What [`evaluate`] returns, for each (number of steps, fidelity)."""
     scale = pipe.scale_factor
     lpips, lpips_words = load_lpips(lpips_weights)
     pipe.set_progress_bar_config(disable=True)
@@ -78,26 +113,20 @@ def evaluate(
     def bicubic(lr: PIL.Image.Image) -> PIL.Image.Image:
         return lr.resize((lr.width * scale, lr.height * scale), PIL.Image.BICUBIC)
 
-    def flow(count: int):
+    def flow(count: int, fidelity: float):
         def upscale(lr: PIL.Image.Image) -> PIL.Image.Image:
-            generator = torch.Generator().manual_seed(seed)
-            dial = {"fidelity": fidelity} if fidelity else {}  # which the diffusion pipeline does not have
-            return pipe(
-                lr,
-                num_inference_steps=count,
-                consistency=consistency,
-                generator=generator,
-                tile=tile,
-                **dial,
-            ).images[0]
+            options = call_options(pipe, fidelity, num_inference_steps=count, consistency=consistency, tile=tile)
+            return pipe(lr, generator=torch.Generator().manual_seed(seed), **options).images[0]
 
         return upscale
 
-    methods = {"bicubic": bicubic}
-    for count in steps:
-        methods[f"flowsr, {count} step{'s' if count > 1 else ''}"] = flow(count)
+    methods = {"bicubic": (bicubic, {})}
+    for count, fidelity in positions:
+        name = f"flowsr, {count} step{'s' if count > 1 else ''}"
+        name += f", fidelity {fidelity}" if fidelity and count > 1 else ""
+        methods[name] = flow(count, fidelity), {"steps": count, "fidelity": fidelity}
     rows = []
-    for name, method in methods.items():
+    for name, (method, position) in methods.items():
         images, seconds = [], 0.0
         for pair in pairs:
             start = time.perf_counter()
@@ -115,16 +144,75 @@ def evaluate(
             images.append({"name": pair.name, **measured})
         means = {key: float(np.mean([image[key] for image in images])) for key in images[0] if key != "name"}
         megapixels = sum(pair.hr.shape[0] * pair.hr.shape[1] for pair in pairs) / 1e6
-        rows.append({"method": name, **means, "seconds_per_megapixel": seconds / megapixels, "images": images})
+        speed = {"seconds_per_megapixel": seconds / megapixels}
+        rows.append({"method": name, **position, **means, **speed, "images": images})
     return {
         "scale": scale,
         "pictures": len(pairs),
-        "fidelity": fidelity,
         "consistency": consistency,
         "seed": seed,
         "lpips": lpips_words,
         "rows": rows,
     }
+
+
+def read_others(table: str) -> list[dict]:
+    """Other systems from a CSV with the columns `system`, `psnr_y` and `lpips` of the same test set.
+
+    Raises:
+        ValueError: for a missing file or column, or a cell that is no number.
+    """
+    import csv
+
+    if not Path(table).is_file():
+        raise ValueError(f"`--others`: there is no file {table}.")
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    wanted = ("system", "psnr_y", "lpips")
+    if not rows or not set(wanted) <= set(rows[0]):
+        raise ValueError(
+            f"`--others`: {table} needs the columns {', '.join(wanted)}, found {list(rows[0] if rows else [])}."
+        )
+    try:
+        return [{"system": row["system"], **{name: float(row[name]) for name in wanted[1:]}} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`--others`: a cell of {table} is no number ({error}).") from error
+
+
+def plot_curve(result: dict, others: list[dict], picture: str | Path, title: str = "") -> None:
+    """PSNR-Y against LPIPS: the positions of [`curve`] joined, other systems, and the straight blends of any two."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if "steps" in row]
+    if any("lpips" not in row for row in rows):
+        raise ValueError(f"The curve needs LPIPS: {result['lpips']}.")
+    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for number, first in enumerate(others):
+        for second in others[:number]:
+            ends = [[each[name] for each in (first, second)] for name in ("psnr_y", "lpips")]
+            axis.plot(*ends, color="0.85", linewidth=0.7, zorder=1)
+    for other in others:
+        axis.plot(other["psnr_y"], other["lpips"], "o", color="0.45", markersize=4, zorder=2)
+        axis.annotate(
+            other["system"], (other["psnr_y"], other["lpips"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
+    axis.plot([row["psnr_y"] for row in rows], [row["lpips"] for row in rows], "o-", color="tab:red", zorder=3)
+    for row in rows:
+        name = f"fidelity {row['fidelity']:g}" if row["fidelity"] else f"{row['steps']} steps"
+        axis.annotate(
+            name,
+            (row["psnr_y"], row["lpips"]),
+            fontsize=7,
+            color="tab:red",
+            xytext=(4, -9),
+            textcoords="offset points",
+        )
+    axis.set(xlabel="PSNR-Y, dB (more is better)", ylabel="LPIPS (less is better)", title=title)
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
 
 
 def markdown_table(result: dict) -> str:

@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from flowsr.picture_file import one_line
+
 FIRES = {  # layer: channels in, squeezed, each expansion
     3: (64, 16, 64),
     4: (128, 16, 64),
@@ -42,7 +44,7 @@ class SqueezeLPIPS(nn.Module):
         weights (`str`): safetensors with `backbone.LAYER.*` (SqueezeNet 1.1 without classifier) and `linN.weight`.
 
     Raises:
-        ValueError: if the file is something else.
+        ValueError: if the file holds something else.
     """
 
     def __init__(self, weights: str):
@@ -51,13 +53,12 @@ class SqueezeLPIPS(nn.Module):
         self.backbone = nn.ModuleDict({str(n): layer for n, layer in layers.items()})
         try:
             state = load_file(weights)
-            for n in range(len(TAPS)):  # each (1, channels, 1, 1)
-                self.register_buffer(f"lin{n}", state[f"lin{n}.weight"], persistent=False)
+            self.lins = [state.pop(f"lin{n}.weight") for n in range(len(TAPS))]  # each (1, channels, 1, 1)
             self.load_state_dict({k: v for k, v in state.items() if k.startswith("backbone.")})
-        except (SafetensorError, KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(
-                f"{weights} does not hold LPIPS v0.1 with SqueezeNet ({type(error).__name__}: {reason})."
+                f"{weights} does not hold the weights of LPIPS v0.1 with SqueezeNet ({one_line(error)}); give "
+                "another file, or leave out `lpips_weights`."
             ) from error
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
@@ -78,6 +79,5 @@ class SqueezeLPIPS(nn.Module):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`(n, 3, h, w)` in [-1, 1] twice -> `(n,)`."""
-        lins = (getattr(self, f"lin{n}") for n in range(len(TAPS)))
-        pairs = zip(self.features(a), self.features(b), lins)
+        pairs = zip(self.features(a), self.features(b), self.lins)
         return sum(((x - y).square() * lin).sum(1).mean((1, 2)) for x, y, lin in pairs)

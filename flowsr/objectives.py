@@ -189,13 +189,20 @@ def kronecker(index: torch.Tensor, seed: int, ratio: float) -> torch.Tensor:
     return (start + index.cpu().double() * ratio) % 1.0
 
 
-def generators_for(index: torch.Tensor, seed: int) -> list[torch.Generator]:
-    """One generator per crop, a function of (seed, crop) alone: the noise of a crop is the same in any batch."""
-    return [torch.Generator(index.device).manual_seed(seed_of(seed, crop)) for crop in index.tolist()]
+def generators_for(index: torch.Tensor, seed: int, device: torch.device | None = None) -> list[torch.Generator]:
+    """One generator per crop, a function of (seed, crop) alone: the noise of a crop is the same in any batch.
+
+    Args:
+        index (`torch.LongTensor` of shape `(batch,)`): running number of each crop, below 2^40.
+        seed (`int`): any that is not negative.
+        device: of the generators; by default that of `index`.
+    """
+    device = index.device if device is None else device
+    return [torch.Generator(device).manual_seed(mixed(seed, i)) for i in index.tolist()]
 
 
-def seed_of(seed: int, crop: int) -> int:
-    """64 bits for each seed below 2^32 and crop below 2^40."""
+def mixed(seed: int, number: int) -> int:
+    """A seed of 64 bits of two numbers: side by side where they have the room, else by NumPy's hash of seeds."""
     if seed < 2**24:
-        return seed * 2**40 + crop
-    return int(np.random.SeedSequence([seed, crop]).generate_state(1, np.uint64)[0])
+        return seed * 2**40 + number
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])

@@ -77,6 +77,8 @@ class PictureFile:
 
     Attributes:
         frames: arrays `(h, w, c)` of uint8 or uint16; 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 channels (RGB, alpha).
+            PNG and TIFF are also written of what has `shape`, `dtype` and `nbytes` and makes rows `[first:last]` in
+            turn.
         cmyk: the four channels are ink, 0 for none.
         notes: what was found in the file and cannot be kept, in words.
         exif, icc_profile, xmp, comment: the bytes in the file.
@@ -122,7 +124,8 @@ class PictureFile:
         otherwise. Ink is upscaled as ink: cyan, magenta and yellow as one picture, black as another.
 
         Args:
-            enlarge: takes `(h, w, c)` as in `frames` and returns `(scale * h, scale * w, c)`, float in [0, 1].
+            enlarge: takes `(h, w, c)` as in `frames` and returns `(scale * h, scale * w, c)`, float in [0, 1] or of
+                the same dtype, also as something whose rows are made when they are asked for.
             scale: pixels of the result per pixel.
         """
         frames = []
@@ -130,10 +133,10 @@ class PictureFile:
             top = np.iinfo(pixels.dtype).max
             if self.cmyk:
                 large = np.concatenate([enlarge(top - pixels[..., :3]), enlarge(top - pixels[..., 3:])], axis=2)
-                large = 1 - large
+                large = (1 if large.dtype.kind == "f" else top) - large
             else:
                 large = enlarge(bleed(pixels) if pixels.shape[2] in (2, 4) else pixels)
-            frames.append((large * top).round().astype(pixels.dtype))
+            frames.append((large * top).round().astype(pixels.dtype) if large.dtype.kind == "f" else large)
         height, width = frames[0].shape[:2]
         return replace(
             self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import tempfile
@@ -32,6 +33,8 @@ from flowsr.picture_file import (
     one_line,
     parse_exif,
 )
+
+TIFF_BYTES = int(0.99 * 2**32)  # of pixels in a TIFF that is no BigTIFF
 
 
 def format_of(path: str | Path) -> Format:
@@ -92,8 +95,8 @@ def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality
     if max(height, width) > format.side:
         raise ValueError(f"{path}: {format.name} cannot hold {width}x{height}; at most {format.side} a side.")
     size = scale**2 * sum(frame.nbytes for frame in picture.frames)
-    if format.name in ("TIFF", "BMP") and size > 0.99 * 2**32:
-        raise ValueError(f"{path}: {format.name} cannot hold {size:,} bytes of pixels; at most 4 GiB: choose PNG.")
+    if format.name == "BMP" and size > 0.99 * 2**32:
+        raise ValueError(f"{path}: BMP cannot hold {size:,} bytes of pixels; at most 4 GiB: choose PNG or TIFF.")
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"`--quality` must be in 1..100, got {quality}.")
     if quality is not None and format.quality is None and format.name != "WEBP":
@@ -185,8 +188,8 @@ def encode(picture: PictureFile, file: BinaryIO, format: Format, quality: int | 
         options["pnginfo"] = png_info(kept)
         for name in ("xmp", "comment"):
             options.pop(name, None)
-        if picture.bits == 16:
-            encode_png16(picture.frames[0], file, options)
+        if picture.bits == 16 or not isinstance(picture.frames[0], np.ndarray):
+            encode_png(picture.frames[0], file, options)
             return
     images = [as_image(frame, picture) for frame in picture.frames]
     if len(images) > 1:
@@ -212,9 +215,12 @@ def png_info(kept: dict) -> PIL.PngImagePlugin.PngInfo:
     return info
 
 
-def encode_png16(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
-    """A PNG of 16 bits per channel; Pillow, which has none in colour, writes all chunks but the picture's own two."""
-    height, width, channels = pixels.shape
+def encode_png(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
+    """A PNG whose rows are asked for one after the other, of 8 or 16 bits per channel.
+
+    Pillow, which takes whole pictures and none of 16 bits in colour, writes all chunks but the picture's own two.
+    """
+    (height, width, channels), size_of = pixels.shape, pixels.dtype.itemsize
     frame = io.BytesIO()
     PIL.Image.new(("L", "LA", "RGB", "RGBA")[channels - 1], (1, 1)).save(frame, format="PNG", **options)
     data, at = frame.getvalue(), 8
@@ -227,13 +233,14 @@ def encode_png16(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
     while at < len(data):
         size, name = struct.unpack_from(">I4s", data, at)
         if name == b"IHDR":
-            chunk(b"IHDR", struct.pack(">II", width, height), b"\x10", data[at + 17 : at + 21])
+            depth = struct.pack("B", 8 * size_of)
+            chunk(b"IHDR", struct.pack(">II", width, height), depth, data[at + 17 : at + 21])
         elif name == b"IDAT":
-            compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * 2), np.uint8)
+            compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * size_of), np.uint8)
             for start in range(0, height, 64):
-                rows = pixels[start : start + 64].astype(">u2", order="C").view(np.uint8)
-                rows = rows.reshape(-1, width * channels * 2)
-                chunk(b"IDAT", compressor.compress(paeth(rows, above, 2 * channels)))
+                rows = pixels[start : start + 64].astype(f">u{size_of}", order="C").view(np.uint8)
+                rows = rows.reshape(-1, width * channels * size_of)
+                chunk(b"IDAT", compressor.compress(paeth(rows, above, size_of * channels)))
                 above = rows[-1:]
             chunk(b"IDAT", compressor.flush())
         else:
@@ -259,20 +266,20 @@ def paeth(rows: np.ndarray, above: np.ndarray, step: int) -> bytes:
 
 
 def encode_tiff(picture: PictureFile, kept: dict, file: BinaryIO) -> None:
-    """A TIFF of 8 or 16 bits per channel, a page per frame, compressed by Deflate with horizontal differences."""
-    file.write(b"II*\0")
-    link, position = 4, 8  # of the pointer to the next page; of the end of the file
-    file.write(struct.pack("<I", 0))
+    """A TIFF of 8 or 16 bits per channel, a page per frame, compressed by Deflate with horizontal differences.
+
+    Pillow writes the directories. Rows are asked for one after the other, and a file that may pass 4 GiB is a BigTIFF.
+    """
+    big = sum(frame.nbytes for frame in picture.frames) > TIFF_BYTES
+    header = b"II+\0\x08\0\0\0" if big else b"II*\0"
+    word, integer, entry = ("<Q", 16, 20) if big else ("<I", 4, 12)  # of a position, as tag and in the file
+    link = len(header)  # of the pointer to the next page
+    position = link + struct.calcsize(word)  # of the end of the file
+    file.write(header + struct.pack(word, 0))
     for pixels in picture.frames:
-        height, width, channels = pixels.shape
-        rows = max(1, 2**18 // pixels[:1].nbytes)
-        strips = []
-        for start in range(0, height, rows):
-            strip = pixels[start : start + rows].copy()
-            strip[:, 1:] -= pixels[start : start + rows, :-1]  # wraps around, as TIFF 6.0 (section 14) has it
-            strips.append(zlib.compress(strip.astype(strip.dtype.newbyteorder("<")).tobytes()))
-        sizes = [len(strip) for strip in strips]
-        page = PIL.TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+        (height, width, channels), size_of = pixels.shape, pixels.dtype.itemsize
+        rows = max(1, 2**18 // (width * channels * size_of))
+        page = PIL.TiffImagePlugin.ImageFileDirectory_v2(header.ljust(16 if big else 8, b"\0"))
         if "EXIF" in kept:
             exif = parse_exif(kept["EXIF"])
             for tag in TIFF_TAGS:
@@ -281,14 +288,12 @@ def encode_tiff(picture: PictureFile, kept: dict, file: BinaryIO) -> None:
             for tag in (EXIF_IFD, GPS_IFD):
                 if values := dict(exif.get_ifd(tag)):
                     page[tag] = values
-        page[256], page[257], page[258] = width, height, (8 * pixels.itemsize,) * channels
+        page[256], page[257], page[258] = width, height, (8 * size_of,) * channels
         page[259], page[317] = 8, 2
         page[262] = 5 if picture.cmyk else 2 if channels > 2 else 1
         if channels in (2, 4) and not picture.cmyk:
             page[338] = 2  # alpha, not multiplied into the colour
-        page[277], page[278], page[284], page[279] = channels, rows, 1, tuple(sizes)
-        page[273] = tuple(int(offset) for offset in np.cumsum([0, *sizes[:-1]]))  # Pillow adds where they begin
-        page.tagtype[273] = page.tagtype[279] = 4
+        page[277], page[278], page[284] = channels, rows, 1
         if "resolution" in kept:
             page[282], page[283], page[296] = *kept["resolution"], 2
         for name, tag, kind in (("XMP", XMP_TAG, 1), ("ICC profile", ICC_TAG, 7)):
@@ -298,12 +303,36 @@ def encode_tiff(picture: PictureFile, kept: dict, file: BinaryIO) -> None:
             file.write(b"\0")
             position += 1
         file.seek(link)
-        file.write(struct.pack("<I", position))
+        file.write(struct.pack(word, position))
+        sizes = [0] * math.ceil(height / rows)
         file.seek(position)
-        directory = page.tobytes(position)
-        file.write(directory + b"".join(strips))
-        link = position + 2 + 12 * len(page)
+        file.write(directory := tiff_directory(page, sizes, position, integer))  # holds its place
+        for number in range(len(sizes)):
+            strip = pixels[number * rows : (number + 1) * rows]
+            differences = strip.copy()
+            differences[:, 1:] -= strip[:, :-1]  # wraps around, as TIFF 6.0 (section 14) has it
+            packed = zlib.compress(differences.astype(strip.dtype.newbyteorder("<")).tobytes())
+            file.write(packed)
+            sizes[number] = len(packed)
+        file.seek(position)
+        file.write(tiff_directory(page, sizes, position, integer))
+        file.seek(0, os.SEEK_END)
+        link = position + (8 if big else 2) + entry * len(page)
         position += len(directory) + sum(sizes)
+
+
+def tiff_directory(
+    page: PIL.TiffImagePlugin.ImageFileDirectory_v2, sizes: list[int], position: int, integer: int
+) -> bytes:
+    """The directory of a page at `position`, with the strips of these sizes right behind it.
+
+    Args:
+        integer: tag type of sizes and positions: 4 of a TIFF, 16 of a BigTIFF.
+    """
+    page[279] = tuple(sizes)
+    page[273] = tuple(int(offset) for offset in np.cumsum([0, *sizes[:-1]]))  # Pillow adds where they begin
+    page.tagtype[273] = page.tagtype[279] = integer
+    return page.tobytes(position)
 
 
 def current_umask() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flowsr.data import as_levels
 from flowsr.pipelines.conditioning import estimate
 
 Network = Callable[[torch.Tensor], torch.Tensor]  # (1, 3, h, w) in [0, 1] -> (1, 3, scale * h, scale * w)
@@ -58,7 +59,7 @@ class ReadyAnswers:
                 f"`teacher`: {self.folder} has no picture for {name}; put one of that name there, or name a network."
             )
         with Image.open(path) as picture:
-            answer = np.asarray(picture.convert("RGB"))
+            answer = np.asarray(as_levels(picture, "RGB"))
         wanted = (lr.shape[0] * self.scale, lr.shape[1] * self.scale, 3)
         if answer.shape != wanted:
             raise ValueError(

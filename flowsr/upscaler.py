@@ -27,6 +27,7 @@ from flowsr.files import (
     write_file,
 )
 from flowsr.loading import load_upscaler
+from flowsr.streaming import Upscaled, has_parts
 
 
 class Upscaler:
@@ -115,8 +116,10 @@ def upscale_file(
     model: str | None = None,
     quality: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
     stream: BinaryIO | None = None,
     say: Callable[[str], None] = lambda note: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **options,
 ) -> tuple[int, int]:
     """Upscales a picture file, with all that it holds, into another.
@@ -130,8 +133,11 @@ def upscale_file(
         model (`str`, *optional*): name to write into the file with how the picture was made; nothing without.
         quality (`int` in 1..100, *optional*): of lossy compression.
         max_pixels (`int`): of the result, all frames together.
+        max_memory (`int`, *optional*): bytes for the network's work on a part of a picture, where it has parts
+            ([`has_parts`]); by default half of what is free.
         stream: to write to instead of a file.
         say: called with what the result cannot keep of `source`, in words, before any work.
+        progress: called with the number of parts of a frame that are done and of all, where there are parts.
         **options: further arguments of the pipeline's call.
 
     Returns:
@@ -141,7 +147,10 @@ def upscale_file(
         ValueError: for a file that cannot be read or written, naming it; before any work where that can be known.
     """
 
-    def enlarge(pixels: np.ndarray) -> np.ndarray:
+    def enlarge(pixels: np.ndarray) -> np.ndarray | Upscaled:
+        if has_parts(pipe):
+            parts = Upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **options)
+            return parts if by_rows else parts[:]
         generator = torch.Generator().manual_seed(seed)
         return pipe(pixels, generator=generator, output_type="np", **options).images[0]
 
@@ -156,6 +165,8 @@ def upscale_file(
         target = target.with_name(f"{target.name}{picture.suffix}")
     for note in picture.notes + check_target(picture, target, scale, quality):
         say(note)
+    single = len(picture.frames) == 1 and not picture.cmyk and compare_to is None
+    by_rows = single and format_of(target).name in ("PNG", "TIFF")
     large = picture.enlarged(enlarge, scale)
     if stream is None:
         target.parent.mkdir(parents=True, exist_ok=True)

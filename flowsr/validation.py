@@ -6,18 +6,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
 from flowsr.metrics import psnr_y, ssim_y
 
 GRID_SIDE = 256  # HR pixels shown of each picture
-TILE = 512  # LR pixels: larger pictures are upscaled in tiles, to bound the memory
+TILE = 256  # LR pixels: bounds the memory of a validation
 
 
 @dataclass
@@ -31,16 +30,19 @@ class Pair:
     def upscaled(self, pipe, steps: int, seed: int) -> np.ndarray:
         """What a pipeline makes of the LR; uint8."""
         options = {} if self.label is None else {"class_labels": self.label}
-        if max(self.lr.shape[:2]) > TILE:
-            options["tile"] = TILE
         generator = torch.Generator(pipe.device).manual_seed(seed)
-        answer = pipe(Image.fromarray(self.lr), num_inference_steps=steps, generator=generator, **options)
+        answer = pipe(Image.fromarray(self.lr), num_inference_steps=steps, generator=generator, tile=TILE, **options)
         return np.asarray(answer.images[0])
 
 
-def measure(
-    pipe, pairs: list[Pair], steps: list[int], lpips: Callable | None, accelerator: Accelerator | None = None
-) -> tuple[dict[str, float], np.ndarray]:
+def shared(work: Callable[[int], object], count: int) -> list:
+    """`[work(0), ..., work(count - 1)]`, of which each process does a part; all processes must call together."""
+    state = PartialState()
+    own = [(number, work(number)) for number in range(state.process_index, count, state.num_processes)]
+    return [done for _, done in sorted(gather_object(own), key=lambda numbered: numbered[0])]
+
+
+def measure(pipe, pairs: list[Pair], steps: list[int], lpips: Callable | None) -> tuple[dict[str, float], np.ndarray]:
     """Mean PSNR-Y, SSIM-Y and LPIPS of a super-resolution pipeline, and a grid of what it made.
 
     Args:
@@ -48,11 +50,10 @@ def measure(
         pairs (`list[Pair]`): what is upscaled, and what it should become.
         steps (`list[int]`): numbers of inference steps, each measured.
         lpips: distance of two pictures, or `None`.
-        accelerator (`Accelerator`, *optional*): whose processes share the pictures; each returns the whole.
 
     Returns:
         `psnr_y_N`, `ssim_y_N` (and `lpips_N`) for each N of `steps`; and a uint8 grid with one row a picture:
-        `bicubic | SR at each N | HR`.
+        `bicubic | SR at each N | HR`. The processes of a training share the work, and each has all of the result.
     """
     scale = pipe.scale_factor
 
@@ -66,35 +67,26 @@ def measure(
             measured[f"ssim_y_{count}"] = ssim_y(sr, pair.hr, scale)
             if lpips is not None:
                 measured[f"lpips_{count}"] = lpips(sr, pair.hr)
-        return measured, shown([*row, pair.hr])
+        return measured, corners([*row, pair.hr])
 
-    results = shared(measure_one, len(pairs), accelerator)
-    names = results[0][0] if results else ()
-    means = {name: round(float(np.mean([measured[name] for measured, _ in results])), 4) for name in names}
-    return means, grid([row for _, row in results])
+    measured, rows = zip(*shared(measure_one, len(pairs)))
+    return {name: round(float(np.mean([each[name] for each in measured])), 4) for name in measured[0]}, grid(rows)
 
 
-def coupling_grid(pipe, pairs: list[Pair], steps: int, accelerator: Accelerator | None = None) -> np.ndarray:
+def coupling_grid(pipe, pairs: list[Pair], steps: int) -> np.ndarray:
     """One row a picture: `LR | source | SR | HR`, where the flow starts and where it ends."""
+    scale = pipe.scale_factor
 
-    def couple(number: int) -> list[np.ndarray]:
-        pair, generator = pairs[number], torch.Generator(pipe.device).manual_seed(number)
+    def row(number: int) -> list[np.ndarray]:
+        pair = pairs[number]
+        generator = torch.Generator(pipe.device).manual_seed(number)
         x = torch.from_numpy(pair.lr.copy()).permute(2, 0, 1)[None].to(pipe.device) / 127.5 - 1
         source = pipe.from_data_range(pipe.prepare_source(x, generator))[0]
         source = ((source + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-        nearest = pair.lr.repeat(pipe.scale_factor, axis=0).repeat(pipe.scale_factor, axis=1)
-        return shown([nearest, source, pair.upscaled(pipe, steps, seed=number), pair.hr])
+        nearest = pair.lr.repeat(scale, axis=0).repeat(scale, axis=1)
+        return corners([nearest, source, pair.upscaled(pipe, steps, seed=number), pair.hr])
 
-    return grid(shared(couple, len(pairs), accelerator))
-
-
-def shared(work: Callable[[int], Any], count: int, accelerator: Accelerator | None) -> list:
-    """`[work(0), ..., work(count - 1)]`: the processes take turns, and each gets all; they must call together."""
-    first, step = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    results = [(number, work(number)) for number in range(first, count, step)]
-    if accelerator:
-        results = gather_object(results)
-    return [result for _, result in sorted(results, key=lambda result: result[0])]
+    return grid(shared(row, len(pairs)))
 
 
 def generated_grid(pipe, steps: int, side: int = 8, guidance_scale: float = 1.0) -> np.ndarray:
@@ -109,8 +101,8 @@ def generated_grid(pipe, steps: int, side: int = 8, guidance_scale: float = 1.0)
     return grid([pictures[row * side : (row + 1) * side] for row in range(side)])
 
 
-def shown(row: list[np.ndarray]) -> list[np.ndarray]:
-    """The corners of pictures that a grid shows."""
+def corners(row: list[np.ndarray]) -> list[np.ndarray]:
+    """What a grid can show of pictures, at most."""
     return [image[:GRID_SIDE, :GRID_SIDE] for image in row]
 
 

@@ -114,6 +114,12 @@ def check_whole(name: str, value: int) -> None:
         raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
 
 
+def check_consistency(consistency: str | None) -> None:
+    """Raises a ValueError for a kind of agreement that there is not."""
+    if consistency not in ("exact", "soft", None):
+        raise ValueError(f"`consistency` must be 'exact', 'soft' or None, got {consistency!r}.")
+
+
 class PipelineMixin:
     """For a `DiffusionPipeline` with a `unet` and a `scheduler`."""
 
@@ -307,8 +313,7 @@ class SRPipelineMixin(PipelineMixin):
         **call,
     ) -> None:
         """As `check_call`, whose further arguments are in `call`."""
-        if consistency not in ("exact", "soft", None):
-            raise ValueError(f"`consistency` must be 'exact', 'soft' or None, got {consistency!r}.")
+        check_consistency(consistency)
         check_whole("num_images_per_prompt", num_images_per_prompt)
         if tile is not None:
             check_whole("tile (LR pixels)", tile)

@@ -44,14 +44,27 @@ def mirrored(x: torch.Tensor, before: int, after: int, dim: int) -> torch.Tensor
     return x.index_select(dim, torch.where(index < size, index, 2 * size - 1 - index))
 
 
+def filtered(x: torch.Tensor, weights: torch.Tensor, dim: int, stride: int = 1) -> torch.Tensor:
+    """Weighted sums of neighbours along an axis, one every `stride`.
+
+    Multiplied and added place by place, since matrix products of other sizes add in another order: a part of a
+    picture has the bits of the whole.
+    """
+    length = (x.shape[dim] - len(weights)) // stride * stride + 1
+    total = None
+    for first, weight in enumerate(weights.tolist()):
+        index = [slice(None)] * x.ndim
+        index[dim] = slice(first, first + length, stride)
+        term = weight * x[tuple(index)]
+        total = term if total is None else total.add_(term)
+    return total
+
+
 def downscale(hr: torch.Tensor, scale: int) -> torch.Tensor:
     """A: `(n, c, scale * h, scale * w)` -> `(n, c, h, w)`, as MATLAB's `imresize` without rounding."""
     kernel, first = downscaling_kernel(scale)
     for dim in (2, 3):
-        size = hr.shape[dim] // scale
-        x = mirrored(hr, -first, first + len(kernel) - scale, dim).movedim(dim, -1)
-        x = x.unfold(-1, len(kernel), scale)[..., :size, :] @ kernel.to(x)
-        hr = x.movedim(-1, dim)
+        hr = filtered(mirrored(hr, -first, first + len(kernel) - scale, dim), kernel, dim, scale)
     return hr
 
 
@@ -61,16 +74,27 @@ def upscale_minimum_norm(lr: torch.Tensor, scale: int) -> torch.Tensor:
     A+ = A^T (A A^T)^-1, both short separable filters on the mirrored picture, so any size will do.
     """
     inverse, (kernel, first) = normal_inverse_kernel(scale), downscaling_kernel(scale)
-    radius, reach = len(inverse) // 2, 3
+    radius, margin, taps = len(inverse) // 2, 3, math.ceil(len(kernel) / scale)
+    phases = F.pad(kernel, (0, taps * scale - len(kernel))).reshape(taps, scale).flip(0).T  # of A^T
     for dim in (2, 3):
         size = lr.shape[dim]
-        x = mirrored(lr, radius + reach, radius + reach, dim).movedim(dim, -1)
-        x = x.unfold(-1, len(inverse), 1) @ inverse.to(x)  # LR pixels -reach .. size + reach
-        rows = x.reshape(-1, 1, x.shape[-1])
-        up = F.conv_transpose1d(rows, kernel.to(x)[None, None], stride=scale)
-        start = reach * scale - first
-        lr = up[..., start : start + size * scale].reshape(*x.shape[:-1], size * scale).movedim(-1, dim)
+        x = filtered(mirrored(lr, radius + margin, radius + margin, dim), inverse, dim)  # LR -margin .. size + margin
+        up = torch.stack([filtered(x, phase, dim) for phase in phases], dim + 1).flatten(dim, dim + 1)
+        lr = up.narrow(dim, (margin + 1 - taps) * scale - first, size * scale)
     return lr
+
+
+ROUNDS = 8  # of projections, for "exact"
+ROUNDING = 1e-6  # of an LR in [-1, 1]: what float32 leaves of an agreement
+
+
+def reach(scale: int, kind: Literal["exact", "soft"] | None) -> int:
+    """LR pixels around a place on which [`make_consistent`] depends there, each way."""
+    if kind is None:
+        return 0
+    if kind == "soft":
+        return 2 + 8 + 2  # upsampling, smoothing, downscaling
+    return ROUNDS * (2 + len(normal_inverse_kernel(scale)) // 2 + 2)
 
 
 def make_consistent(hr: torch.Tensor, lr: torch.Tensor, scale: int, kind: Literal["exact", "soft"]) -> torch.Tensor:
@@ -86,14 +110,16 @@ def make_consistent(hr: torch.Tensor, lr: torch.Tensor, scale: int, kind: Litera
     """
     if kind == "soft":
         error = lr - downscale(hr, scale)
-        x = torch.arange(-8, 9, device=hr.device, dtype=hr.dtype)
+        x = torch.arange(-8, 9, dtype=torch.float64)
         gauss = torch.softmax(-(x**2) / (2 * 3.0**2), dim=0)  # std 3 LR pixels
         for dim in (2, 3):
-            error = (mirrored(error, 8, 8, dim).movedim(dim, -1).unfold(-1, 17, 1) @ gauss).movedim(-1, dim)
+            error = filtered(mirrored(error, 8, 8, dim), gauss, dim)
         return hr + F.interpolate(error, scale_factor=float(scale), mode="bicubic", antialias=True)
-    for _ in range(8):
-        hr = hr + upscale_minimum_norm(lr - downscale(hr, scale), scale)
-        if hr.abs().max() <= 1:
-            break
-        hr = hr.clamp(-1, 1)
+    for number in range(ROUNDS):
+        error = lr - downscale(hr, scale)
+        if number > 0:  # each place by itself, so that a part of a picture comes out as in the whole
+            error = torch.where(error.abs() > ROUNDING, error, 0.0)
+            if not error.any():
+                break
+        hr = (hr + upscale_minimum_norm(error, scale)).clamp(-1, 1)
     return hr

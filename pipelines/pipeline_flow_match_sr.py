@@ -5,6 +5,7 @@ This file and those it imports from beside it travel with a checkpoint, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -16,12 +17,19 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .base import SRPipelineMixin, check_flow, encodes
+from .base import SRPipelineMixin, check_consistency, check_flow, check_whole, encodes
 from .conditioning import estimate, read_class_labels, repeat
+from .consistency import reach
 from .flow import FlowMixin, check_solver
 from .image_processor import batches, read_images, stack_if_equal
 from .sharing import SelfContainedMixin
-from .tiling import encode
+from .tiling import encode, lr_multiple
+
+
+def check_fidelity(fidelity: float) -> None:
+    """Raises a ValueError for what is no place between a vivid and a faithful image."""
+    if not isinstance(fidelity, (int, float)) or not 0 <= fidelity <= 1:
+        raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity!r}.")
 
 
 class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, DiffusionPipeline):
@@ -83,6 +91,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         class_labels: int | list[int] | torch.Tensor | None = None,
+        corner: tuple[int, int] = (0, 0),
     ) -> ImagePipelineOutput | tuple:
         """Upscales; each output is exactly `scale_factor` times its input.
 
@@ -117,6 +126,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
                 `pipe._interrupt = True` within it stops there.
             class_labels (`int`, list or tensor of these, *optional*): of all images or of each,
                 0..num_class_embeds - 1, for a network that knows classes; without, no class.
+            corner (`tuple[int, int]`): row and column in LR pixels of the first pixel of each image, which is a part
+                of a larger one. Beyond `halo` pixels from where it was cut, the output is that of the larger image.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
@@ -127,12 +138,17 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         images = read_images(image)
         check_flow(self)
         check_solver(solver, rtol, atol, callback_on_step_end)
-        if not isinstance(fidelity, (int, float)) or not 0 <= fidelity <= 1:
-            raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity!r}.")
+        check_fidelity(fidelity)
         if sigmas is not None and fidelity != 0:
             raise ValueError(
                 "Give `sigmas` or `fidelity`, not both: `fidelity` chooses the grid that `sigmas` replaces."
             )
+        if not all(isinstance(side, (int, np.integer)) and side >= 0 for side in corner) or len(corner) != 2:
+            raise ValueError(
+                f"`corner` must be a row and a column in LR pixels, whole numbers from 0, got {corner!r}."
+            )
+        if tuple(corner) != (0, 0):
+            self.halo(consistency=consistency)  # whether there can be parts of images at all
         if (
             latents is None
             and self.scheduler.config.source == "prior"
@@ -165,7 +181,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
                 if latents is None:
                     prior_estimate = None if encoding is None else encoding.mean
                     generators = generator[batch.outputs] if isinstance(generator, list) else generator
-                    x_t = self.prepare_source(lr, generators, num_images_per_prompt, prior_estimate)
+                    x_t = self.prepare_source(lr, generators, num_images_per_prompt, prior_estimate, corner)
                 else:
                     x_t = latents[batch.outputs].to(lr)
 
@@ -184,11 +200,56 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         return ImagePipelineOutput(images=outputs) if return_dict else (outputs,)
 
     def set_sigmas(self, num_inference_steps: int, sigmas: list[float] | None, fidelity: float) -> None:
-        """Sets the grid of the scheduler: evenly from 1 to `fidelity`, whence the last step jumps to the image."""
-        if sigmas is None:
-            last = max(fidelity, 1 / num_inference_steps)
-            sigmas = [1.0] if last == 1 else np.linspace(1, last, num_inference_steps).tolist()
+        """Sets the grid of the scheduler: `sigmas`, or that of `grid`."""
+        sigmas = self.grid(num_inference_steps, fidelity) if sigmas is None else sigmas
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+
+    def grid(self, num_inference_steps: int, fidelity: float) -> list[float]:
+        """Starts of the steps: evenly from 1 to `fidelity`, whence the last step jumps to the image."""
+        last = max(fidelity, 1 / num_inference_steps)
+        return [1.0] if last == 1 else np.linspace(1, last, num_inference_steps).tolist()
+
+    def halo(
+        self,
+        num_inference_steps: int = 4,
+        fidelity: float = 0.0,
+        consistency: Literal["exact", "soft"] | None = None,
+    ) -> int:
+        """LR pixels around a part of an image on which its output depends, each way, by Euler's steps.
+
+        What is cut out of an image with so much around it, as far as there is, is upscaled as in the whole image:
+
+        >>> part = image[y - halo : y + side + halo, x - halo : x + side + halo]  # doctest: +SKIP
+        >>> pipe(part, corner=(y - halo, x - halo), generator=seeded)  # doctest: +SKIP
+
+        A multiple of what the network needs of the sides of an LR, as corners and sides of parts must be too.
+
+        Raises:
+            ValueError: for a network, a source or a kind of noise by which every pixel depends on the whole image.
+        """
+        check_whole("num_inference_steps", num_inference_steps)
+        check_fidelity(fidelity)
+        check_consistency(consistency)
+        field, source, scale = self.unet.receptive_field, self.scheduler.config.source, self.scale_factor
+        if field is None:
+            raise ValueError(
+                f"This {type(self.unet).__name__} normalises over positions or attends to all of them: each pixel "
+                "depends on the whole image, and no part can be upscaled by itself. `tile` blends its parts."
+            )
+        if self.scheduler.config.noise != "positional":
+            raise ValueError(
+                "The source noise of this scheduler is one sequence over the whole image; take "
+                "`FlowMatchSREulerScheduler.from_config(pipe.scheduler.config, noise='positional')`."
+            )
+        if source == "prior" and not encodes(self.unet):
+            raise ValueError("A prior sees the whole image; no part can be upscaled by itself.")
+        evaluations = len(self.grid(num_inference_steps, fidelity))
+        if encodes(self.unet):
+            pixels = self.unet.encoder_receptive_field + (evaluations - 1) * self.unet.head_receptive_field
+        else:
+            pixels = evaluations * field + 2 * scale  # the source: bicubic upsampling
+        side = math.ceil(pixels / scale) + reach(scale, consistency)
+        return math.ceil(side / lr_multiple(self.unet)) * lr_multiple(self.unet)
 
     def encode(self, lr: torch.Tensor, tile: int | None = None):
         """Encodes the LR for all steps, where the network has an encoder; else `None`.
@@ -220,6 +281,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1,
         prior_estimate: torch.Tensor | None = None,
+        corner: tuple[int, int] = (0, 0),
     ) -> torch.Tensor:
         """Draws where the flow starts.
 
@@ -229,6 +291,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             num_images_per_prompt (`int`): draws per LR, next to each other.
             prior_estimate (`torch.Tensor` of shape `(n, 3, scale * h, scale * w)`, *optional*): the mean for a
                 scheduler with `source="prior"`, in the data range; by default that of the prior or of the network.
+            corner: as in the call, in LR pixels.
 
         Returns:
             `torch.Tensor` of shape `(n * num_images_per_prompt, 3, scale * h, scale * w)`, in the data range.
@@ -240,4 +303,5 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
                 prior_estimate = self.to_data_range(estimate(self.prior, lr, self.scale_factor))
         lr_up = self.upsample(self.to_data_range(lr)) if prior_estimate is None else prior_estimate
         lr_up = lr_up.repeat_interleave(num_images_per_prompt, dim=0)
-        return self.scheduler.sample_source(lr_up, None if prior_estimate is None else lr_up, generator=generator)
+        place = tuple(side * self.scale_factor for side in corner)
+        return self.scheduler.sample_source(lr_up, None if prior_estimate is None else lr_up, generator, place)

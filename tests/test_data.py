@@ -3,27 +3,27 @@
 import http.server
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from conftest import random_picture, smooth_picture
-from torch.utils.data import DataLoader
 
 from flowsr.data import (
     KNOWN,
     CropDataset,
     Cropping,
     CropStream,
+    as_levels,
     check_classes,
-    check_pairs,
     load_images,
-    read_picture,
-    smaller_than,
+    order_of_pictures,
     to_tensor,
     turn,
-    undecoded,
+    unfit_pictures,
+    with_lr,
 )
 from flowsr.degradations import CHAINS, degrade, downscale
 
@@ -64,8 +64,6 @@ def test_random_chains_are_a_function_of_seed_and_index_too(images, chain):
     stream = CropDataset(images, Cropping(32, 4, seed=3, degradation=chain), 0, 40)
     assert same(stream[7], CropDataset(images, Cropping(32, 4, seed=3, degradation=chain), 7, 1)[0])
     assert stream[7]["lr"].shape == (3, 8, 8)
-    grey = CropDataset(images, Cropping(32, 4, channels=1, degradation=chain), 0, 9)
-    assert {grey[i]["lr"].shape for i in range(9)} == {(1, 8, 8)}
 
 
 def test_each_pass_sees_every_picture_once(images, monkeypatch):
@@ -175,7 +173,7 @@ def test_the_official_files_of_div2k_are_known():
 
 
 def test_wrong_sources_are_named(tmp_path, photo_folder):
-    with pytest.raises(FileNotFoundError, match="No readable picture"):
+    with pytest.raises(FileNotFoundError, match="no readable picture"):
         (tmp_path / "empty").mkdir()
         load_images([str(tmp_path / "empty")], None)
     with pytest.raises(ValueError, match="Give either"):
@@ -185,133 +183,114 @@ def test_wrong_sources_are_named(tmp_path, photo_folder):
         load_images(None, str(tmp_path / "table"), labels=True)
 
 
-def test_training_reads_pictures_as_the_pipelines_do(tmp_path):
-    from flowsr.pipelines.image_processor import read_images
-
-    levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
-    half_clear = np.dstack([np.array(random_picture(64, 64)), np.full((64, 64), 128, np.uint8)])
-    turned = PIL.Image.Exif()
-    turned[274] = 6  # a quarter turn
-    pictures = {
-        "deep": PIL.Image.fromarray(levels), "alpha": PIL.Image.fromarray(half_clear),
-        "palette": random_picture(64, 64).quantize(16), "grey": random_picture(64, 64, "L"),
-        "two_levels": random_picture(64, 64, "1"), "turned": random_picture(64, 48),
-    }  # fmt: skip
-    for name, picture in pictures.items():
-        picture.save(tmp_path / f"{name}.png", exif=turned if name == "turned" else None)
-        (wanted,) = read_images(picture)
-        wanted = ((wanted.color[0] + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8)
-        wanted = np.rot90(wanted, -1) if name == "turned" else wanted
-        found = np.asarray(read_picture({"bytes": None, "path": str(tmp_path / f"{name}.png")}))
-        np.testing.assert_array_equal(found, wanted, err_msg=name)
-    deep = CropDataset(load_images([str(tmp_path)], None), Cropping(64, 1, channels=1, augmentation="none"))
-    name = [row["image"]["path"].endswith("deep.png") for row in deep.images].index(True)
-    np.testing.assert_array_equal(deep.read(name)[0][..., 0], (levels / 257).round())
-    # A stream turns photos upright as well.
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    shutil.copy(tmp_path / "turned.png", photos)
-    options = Cropping(48, 1, augmentation="none", center_crop=True)
-    stream = CropStream(load_images([str(photos)], None, streaming=True), options, 0, 1)
-    table = CropDataset(load_images([str(photos)], None), options, 0, 1)
-    assert torch.equal(next(iter(stream))["hr"], table[0]["hr"])
-
-
-def test_a_broken_picture_is_named(photo_folder):
-    content = (photo_folder / "3.png").read_bytes()
-    (photo_folder / "3.png").write_bytes(content[: len(content) // 2])
-    for streaming in (False, True):
-        images = load_images([str(photo_folder)], None, streaming=streaming)
-        with pytest.raises(ValueError, match=r"The training picture .*3\.png cannot be read"):
-            stream = (CropStream if streaming else CropDataset)(images, Cropping(32, 4), 0, 9)
-            list(stream) if streaming else [stream[i] for i in range(9)]
-    (photo_folder / "3.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"The training picture .*3\.png cannot be read"):
-        smaller_than(load_images([str(photo_folder)], None), 64)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_zips_have_classes_and_may_hold_other_files(class_folder, tmp_path, streaming):
-    (class_folder / "readme.txt").write_text("what this is")
-    (class_folder / "cat/Thumbs.db").write_text("a cache")
-    (class_folder / "__MACOSX/cat").mkdir(parents=True)
-    (class_folder / "__MACOSX/cat/._0.png").write_text("a resource fork")
-    archive = shutil.make_archive(str(tmp_path / "classes"), "zip", class_folder)
-    for place in (str(class_folder), archive):
-        images = load_images(place, None, labels=True, streaming=streaming)
-        assert images.features["label"].names == ["cat", "dog"]
-        labels = [row["label"] for row in images]
-        assert sorted(labels) == [0, 0, 0, 1, 1, 1]
-        for row in undecoded(images):
-            wanted = [np.array(random_picture(16, 16, seed=10 * row["label"] + k)) for k in range(3)]
-            assert any(np.array_equal(np.asarray(read_picture(row["image"])), one) for one in wanted)
-    (tmp_path / "cut.zip").write_bytes((tmp_path / "classes.zip").read_bytes()[:900])
-    with pytest.raises(FileNotFoundError, match=r"No readable picture in .*cut\.zip"):
-        load_images([str(tmp_path / "cut.zip")], None, streaming=streaming)
-    with pytest.raises(ValueError, match="is a file; give a zip or a folder as `train_data_dir`"):
-        load_images(None, archive, streaming=streaming)
-
-
-def test_classes_may_be_plain_numbers():
-    import datasets
-
-    plain = datasets.Dataset.from_dict({"label": [0, 2, 1]})
-    check_classes(plain, 3)
-    check_classes(plain.cast_column("label", datasets.ClassLabel(3)), 3)
-    with pytest.raises(ValueError, match="goes from 0 to 2"):
-        check_classes(plain, 2)
-    with pytest.raises(ValueError, match="has the classes"):
-        check_classes(plain.cast_column("label", datasets.ClassLabel(3)), 4)
-    for unknown in (plain.to_iterable_dataset(), datasets.Dataset.from_dict({"label": ["cat"]})):
-        with pytest.raises(ValueError, match="store it as a ClassLabel"):
-            check_classes(unknown, 3)
-
-
-def test_lr_pictures_may_come_from_a_folder_of_the_same_names(photo_folder, tmp_path):
-    lr_folder = tmp_path / "lr"
-    lr_folder.mkdir()
-    for path in photo_folder.iterdir():
-        hr = np.array(PIL.Image.open(path))
-        hr = hr[: len(hr) // 4 * 4, : hr.shape[1] // 4 * 4]
-        PIL.Image.fromarray(downscale(hr, 4)).save(lr_folder / f"{path.stem}.bmp")
-    images, paired = load_images([str(photo_folder)], None), Cropping(32, 4, 3, degradation=str(lr_folder))
-    check_pairs(images, paired)
-    made, read = CropDataset(images, Cropping(32, 4, 3), 0, 20), CropDataset(images, paired, 0, 20)
-    assert all(same(made[i], read[i]) for i in range(20))
-    stream = load_images([str(photo_folder)], None, streaming=True)
-    pairs = (CropStream(stream, cropping, 0, 9) for cropping in (Cropping(32, 4, 3), paired))
-    assert all(same(a, b) for a, b in zip(*pairs))
-    PIL.Image.open(lr_folder / "5.bmp").resize((9, 9)).save(lr_folder / "5.bmp")
-    with pytest.raises(ValueError, match=r"5\.bmp has 9x9 pixels, but its HR picture 5\.png has 140x96: .* 35x24"):
-        check_pairs(images, paired)
-    with pytest.raises(ValueError, match=r"5\.bmp has 9x9 pixels"):
-        [read[i] for i in range(9)]
-    (lr_folder / "5.bmp").unlink()
-    (lr_folder / "7.bmp").rename(lr_folder / "seven.bmp")
-    from flowsr.data import files_by_stem
-
-    files_by_stem.cache_clear()
-    with pytest.raises(ValueError, match=r"must hold one LR picture for [57]\.png, named as it, found none"):
-        check_pairs(images, paired)
-
-
-def test_a_stream_is_the_same_whatever_the_loader_processes(photo_folder):
-    images = load_images([str(photo_folder)], None, streaming=True)
-    alone, *shared = (
-        list(DataLoader(CropStream(images, Cropping(32, 4), 3, 22, 4), 4, num_workers=workers))
-        for workers in (0, 1, 2)
-    )
-    assert [len(batch["index"]) for batch in alone] == [4, 4, 4, 4, 4, 2]
-    for loaded in shared:
-        assert all(same(a, b) for a, b in zip(alone, loaded, strict=True))
-
-
-def test_small_pictures_are_listed(tmp_path):
+def test_small_and_unreadable_pictures_are_listed(tmp_path):
     random_picture(40, 90).save(tmp_path / "small.png")
     random_picture(90, 90).save(tmp_path / "large.png")
-    ((number, words),) = smaller_than(load_images([str(tmp_path)], None), 64).items()
-    assert number in (0, 1)
-    assert "small.png (40x90)" in words
+    (tmp_path / "text.png").write_text("no picture")
+    words = sorted(unfit_pictures(load_images([str(tmp_path)], None), 64).values())
+    assert [Path(each.split(" (")[0]).name for each in words] == ["small.png", "text.png"]
+    assert "(40x90)" in words[0]
+    assert "(cannot be read: cannot identify image file" in words[1]
+
+
+def test_a_picture_that_breaks_off_is_named_or_passed_over(photo_folder):
+    broken = photo_folder / "4.png"
+    broken.write_bytes(broken.read_bytes()[:-3000])
+    images = load_images([str(photo_folder)], None)
+    assert unfit_pictures(images, 32) == {}  # its header is whole
+    with pytest.raises(ValueError, match=r"4\.png cannot be read \(image file is truncated.*--small_images skip"):
+        [CropDataset(images, Cropping(32, 4), 0, 9)[i] for i in range(9)]
+    skipping = [CropDataset(images, Cropping(32, 4), 0, 9, small_images="skip") for _ in range(2)]
+    assert all(same(skipping[0][i], skipping[1][i]) for i in range(9))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_keep_their_brightness(tmp_path, mode):
+    grey = np.random.default_rng(0).integers(0, 65536, (32, 32), dtype=np.uint16)
+    picture = PIL.Image.fromarray(grey) if mode == "I;16" else PIL.Image.fromarray(grey.astype(np.int32))
+    assert picture.mode == mode
+    hr, _ = Cropping(32, 4).pair(picture)
+    np.testing.assert_array_equal(hr, np.round(grey / 257).astype(np.uint8)[..., None].repeat(3, axis=2))
+    with pytest.raises(ValueError, match="mode 'F', which has no defined way to RGB"):
+        as_levels(PIL.Image.fromarray(np.zeros((4, 4), np.float32)), "RGB")
+    for mode in ("1", "L", "P", "RGBA", "CMYK"):
+        other = random_picture(9, 8, mode)
+        np.testing.assert_array_equal(as_levels(other, "RGB"), other.convert("RGB"))
+
+
+def test_zips_give_labels_and_hold_other_files_too(class_folder, tmp_path):
+    (class_folder / "readme.txt").write_text("two classes")
+    (class_folder / "cat/Thumbs.db").write_bytes(b"thumbs")
+    archive = shutil.make_archive(str(tmp_path / "classes"), "zip", class_folder)
+    images = load_images([archive], None, labels=True)
+    assert images.features["label"].names == ["cat", "dog"]
+    assert sorted(images["label"]) == [0, 0, 0, 1, 1, 1]
+    assert len(list(load_images([archive], None, streaming=True))) == 6
+    with pytest.raises(ValueError, match=r"classes\.zip is a file; give it as `--train_data_dir"):
+        load_images(None, archive)
+    with pytest.raises(ValueError, match="cannot be streamed: unpack it"):
+        load_images([archive], None, labels=True, streaming=True)
+    whole = Path(archive).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.zip is not a whole zip of pictures"):
+        load_images([str(tmp_path / "cut.zip")], None)
+
+
+def test_integers_are_labels_if_they_are_classes_of_the_network():
+    import datasets
+
+    images = datasets.Dataset.from_dict({"label": [0, 2, 1]})
+    check_classes(images, 3)
+    with pytest.raises(ValueError, match=r"`num_class_embeds` is 2, but the data has the labels \[2\]"):
+        check_classes(images, 2)
+    with pytest.raises(ValueError, match="cast it to ClassLabel"):
+        check_classes(datasets.Dataset.from_dict({"label": ["cat", "dog"]}), 2)
+    with pytest.raises(ValueError, match=r"the data has the classes \['cat', 'dog'\]"):
+        check_classes(images.select([0]).cast_column("label", datasets.ClassLabel(names=["cat", "dog"])), 3)
+
+
+def test_hr_pictures_find_their_lr_by_name(photo_folder, tmp_path):
+    lr_folder = tmp_path / "lr"
+    lr_folder.mkdir()
+    lr = {}
+    for path in photo_folder.iterdir():
+        width, height = PIL.Image.open(path).size
+        lr[path.stem] = random_picture(width // 4, height // 4, seed=int(path.stem))
+        lr[path.stem].save(lr_folder / f"{path.stem}{'x4' if int(path.stem) % 2 else ''}.bmp")
+    images = with_lr(load_images([str(photo_folder)], None), str(lr_folder), 4)
+    assert unfit_pictures(images, 96, 4) == {}
+    stream = CropDataset(images, Cropping(32, 4, augmentation="none"), 0, 9)
+    for number in range(9):
+        crop, hr = stream[number], images[int(order_of_pictures(0, 0, 9)[number])]["image"]
+        (name,) = (stem for stem in lr if PIL.Image.open(photo_folder / f"{stem}.png").size == hr.size)
+        places = np.lib.stride_tricks.sliding_window_view(np.asarray(lr[name]), (8, 8, 3)).reshape(-1, 8, 8, 3)
+        levels = ((crop["lr"].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+        assert (places == levels).all((1, 2, 3)).any()
+    (lr_folder / "0.bmp").unlink()
+    random_picture(20, 20).save(lr_folder / "2.bmp")
+    with pytest.raises(ValueError, match=r"one LR picture for each of 9 HR pictures.*for 1: 0 \(0\)"):
+        with_lr(load_images([str(photo_folder)], None), str(lr_folder), 4)
+    random_picture(25, 24).save(lr_folder / "0.png")
+    images = with_lr(load_images([str(photo_folder)], None), str(lr_folder), 4)
+    ((number, words),) = unfit_pictures(images, 96, 4).items()
+    assert "2.png (116x96 with an LR of 20x20)" in words
+    with pytest.raises(ValueError, match="its LR of 20x20 is not 1 / 4 of 116x96"):
+        Cropping(32, 4).pair(images[number]["image"], images[number]["lr"])
+
+
+def test_a_stream_names_or_leaves_out_what_is_no_picture(photo_folder):
+    (photo_folder / "broken.png").write_text("no picture")
+    images = load_images([str(photo_folder)], None, streaming=True)
+    assert len(list(CropStream(images, Cropping(32, 4), 0, 12, small_images="skip"))) == 12
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        list(CropStream(images, Cropping(32, 4), 0, 12))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_grey_pictures_are_degraded_as_colour_ones_are(images, chain):
+    crop = CropDataset(images, Cropping(32, 4, channels=1, degradation=chain), 0, 1)[0]
+    assert crop["lr"].shape == (1, 8, 8)
+    assert (crop["lr"].mean() - crop["hr"].mean()).abs() < 0.2
 
 
 def test_degrading_leaves_the_hr_as_it_is():

@@ -75,8 +75,8 @@ def test_outputs_of_one_image_share_one_encoding():
     assert calls == {"encoder": [2], "head": [6, 6]}
     for number in range(6):
         alone = pipe(images[number // 3], generator=seeded(number), **options).images[0]
-        torch.testing.assert_close(together[number], alone, atol=1e-5, rtol=0)
-    assert not torch.equal(together[0], together[1])
+        torch.testing.assert_close(together[number], alone, atol=1e-4, rtol=0)  # convolutions round by batch size
+    assert (together[0] - together[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

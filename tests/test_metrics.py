@@ -7,10 +7,11 @@ import PIL.Image
 import pytest
 import torch
 from conftest import make_pipeline, random_picture, smooth_picture
+from safetensors.torch import save_file
 
 from flowsr.degradations import downscale
-from flowsr.evaluate import evaluate, load_pairs, markdown_table
-from flowsr.metrics import detail, haarpsi, lr_psnr, luma, psnr_y, ssim_y
+from flowsr.evaluate import curve, evaluate, load_pairs, markdown_table, plot_curve, read_others
+from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, luma, psnr_y, ssim_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_published = pytest.mark.skipif(
@@ -104,8 +105,6 @@ def test_bicubic_has_the_published_numbers(name, psnr, ssim):
 @pytest.mark.skipif(not (SHARED / "lpips").is_dir(), reason="weights of LPIPS are not beside this checkout")
 def test_lpips_equals_the_reference_implementation():
     import importlib.util
-
-    from flowsr.metrics import load_lpips
 
     weights = SHARED / "lpips/lpips_squeeze_v0.1.safetensors"
     specification = importlib.util.spec_from_file_location("reference", SHARED / "lpips/lpips_squeeze.py")
@@ -205,3 +204,39 @@ def test_haarpsi_falls_with_noise_and_is_symmetric():
     values = [haarpsi(picture, each) for each in noisy]
     assert 1 > values[0] > values[1] > values[2] > 0
     assert values[1] == pytest.approx(haarpsi(noisy[1], picture))
+
+
+def test_the_curve_goes_from_the_faithful_end_to_the_vivid_one(tmp_path):
+    smooth_picture(64, 64).save(tmp_path / "a.png")
+    pairs = load_pairs(tmp_path, None, 4)
+    pipe = make_pipeline()
+    result = curve(pipe, pairs, steps=[1, 2, 4], fidelities=[0.5])
+    rows = [row for row in result["rows"] if "steps" in row]
+    assert [(row["steps"], row["fidelity"]) for row in rows] == [(1, 1.0), (4, 0.5), (2, 0.0), (4, 0.0)]
+    alone = evaluate(pipe, pairs, steps=[4], fidelity=0.5)["rows"][1]
+    assert rows[1]["psnr_y"] == alone["psnr_y"]
+    for row in rows:
+        row["lpips"] = 0.1
+    (tmp_path / "others.csv").write_text("system,psnr_y,lpips,remark\nA,28.5,0.2,first\nB,26,0.1,\n")
+    others = read_others(str(tmp_path / "others.csv"))
+    assert others == [{"system": "A", "psnr_y": 28.5, "lpips": 0.2}, {"system": "B", "psnr_y": 26.0, "lpips": 0.1}]
+    plot_curve(result, others, tmp_path / "curve.png")
+    assert min(PIL.Image.open(tmp_path / "curve.png").size) > 400
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("system,psnr_y\nA,1\n", "needs the columns"), ("system,psnr_y,lpips\nA,1,high\n", "is no number")],
+)
+def test_tables_of_others_that_cannot_be_read_are_named(text, message, tmp_path):
+    (tmp_path / "others.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_others(str(tmp_path / "others.csv"))
+
+
+def test_a_file_that_is_not_lpips_is_named(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no weights")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for name in ("text", "other"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not hold the weights of LPIPS"):
+            load_lpips(str(tmp_path / f"{name}.safetensors"))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, make_unet, random_picture
+from conftest import make_encoded, make_pipeline, make_unet, random_picture
 
-from flowsr import UNetSRModel
+from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -51,6 +51,25 @@ def test_the_same_picture_to_one_grey_level(flat):
     pipe.unet = OnnxUNet(flat)
     for a, b in zip(upscale(), expected):
         assert np.abs(a - b).max() <= 1
+
+
+def test_encoder_and_head_are_two_files_and_one_network(tmp_path):
+    pipe = FlowMatchSRPipeline(make_encoded(), FlowMatchSREulerScheduler(source="prior"))
+    pipe.set_progress_bar_config(disable=True)
+    export(pipe.unet, tmp_path / "unet.onnx")
+    calls = [{}, {"tile": 8}, {"fidelity": 1.0}, {"num_images_per_prompt": 2}]
+    image, seed = random_picture(13, 10), torch.Generator().manual_seed
+
+    def upscale():
+        return [np.asarray(pipe(image, generator=seed(0), **call).images[-1]).astype(int) for call in calls]
+
+    expected = upscale()
+    pipe.unet = OnnxUNet(tmp_path / "unet.onnx")
+    for a, b in zip(upscale(), expected):
+        assert np.abs(a - b).max() <= 1
+    (tmp_path / "unet.encoder.onnx").unlink()
+    with pytest.raises(ValueError, match="its encoder .* is not there"):
+        OnnxUNet(tmp_path / "unet.onnx")
 
 
 def test_what_cannot_be_exported_or_loaded_says_so(flat, tmp_path):

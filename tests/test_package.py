@@ -77,7 +77,7 @@ sys.path = [{str(wheel)!r}] + [p for p in sys.path if p not in ("", {str(ROOT)!r
 import zipfile
 names = zipfile.ZipFile({str(wheel)!r}).namelist()
 for name in ("flowsr/weights/x4/unet/diffusion_pytorch_model.safetensors", "flowsr/weights/x4/README.md",
-             "flowsr/examples/budgie.png", "flowsr/models/unet_sr.py", "flowsr/py.typed"):
+             "flowsr/examples/budgie.png", "flowsr/models/unet_sr.py", "flowsr/py.typed", "flowsr/app.py"):
     assert name in names, name
 assert not [name for name in names if name.startswith(("models/", "tests/"))]
 target = {str(tmp_path / "site")!r}

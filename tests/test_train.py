@@ -136,23 +136,6 @@ def test_spread_weights_of_sixteen_bits_leave_pictures_precise(how, photo_folder
     np.testing.assert_allclose(losses(tmp_path / "spread"), losses(tmp_path / "whole"), atol=3e-6)
 
 
-def test_processes_share_a_validation(photo_folder, tmp_path):
-    schedule = ("--max_train_steps", 2, "--validation_steps", 1, "--logging_steps", 50, "--num_validation_images", 3)
-    for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
-        done = launch(processes, *tiny(photo_folder, tmp_path / name, *schedule, "--train_batch_size", batch))
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (records(tmp_path / name) for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        for name in a:
-            if name.startswith(("psnr", "ssim")):
-                assert abs(a[name] - b[name]) < 2e-3
-    for path in sorted((tmp_path / "one/validation").iterdir()):
-        a, b = (np.asarray(Image.open(tmp_path / name / "validation" / path.name)) for name in ("one", "two"))
-        assert np.abs(a.astype(int) - b).max() <= 1
-    # A rate is measured between two looks at the loss, and no validation lies in between.
-    assert [("loss" in r, r.get("event")) for r in one[1:]] == 2 * [(True, None), (False, "validation")]
-
-
 def test_fp16_scales_the_loss_and_waits_where_gradients_overflow(photo_folder, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     schedule = ("--max_train_steps", 24, "--logging_steps", 1, "--checkpointing_steps", 20, "--lr_warmup_steps", 0)
@@ -348,9 +331,9 @@ def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo
     pipe = FlowMatchSRPipeline.from_pretrained(out)
     kept = pipe.prior.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in prior.state_dict().items())
-    done = train_script(*tiny(photo_folder, tmp_path / "other", *arguments))
+    done = train_script(*tiny(photo_folder, out, *arguments))
     assert done.status == 1
-    assert "need each other" in done.output
+    assert "needs a `prior` in `pipeline`" in done.output
 
 
 def test_a_diffusion_may_look_at_a_vision_encoder(train_script, photo_folder, tmp_path):
@@ -438,22 +421,6 @@ DIFFUSION = ["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--unet", '{"pre
         (["--perceptual_weight", "1"], "needs `lpips_weights`"),
         (["--resume_from_checkpoint", "absent"], "there is no folder absent"),
         (["--config", "absent.yaml"], "there is no file absent.yaml"),
-        (["--config", "broken.yaml"], "broken.yaml is not YAML"),
-        (["--config", "list.yaml"], "must be a mapping of settings, got list"),
-        (["--config", "types.yaml"], "types.yaml: `resolution` must be a whole number, got [64]"),
-        (["--config", "no.yaml"], "`mixed_precision` must be text, got False; put quotes around it"),
-        (["--unet", "3"], "`unet` must be a mapping"),
-        (["--learning_rate", "1e38"], "`learning_rate` must be at most 1"),
-        (["--lr_warmup_steps", "-1"], "`lr_warmup_steps` must not be negative"),
-        (["--num_train_epochs", "-1"], "`num_train_epochs` must be positive"),
-        (["--seed", str(2**32)], "`seed` must lie in [0, 2^32)"),
-        (["--adam_beta2", "1"], "`adam_beta2` must lie in [0, 1)"),
-        (["--resize_to", "32"], "`resize_to` must be at least `resolution` 64"),
-        (["--degradation", "rain"], "or a folder of LR pictures, got 'rain'"),
-        (["--degradation", "configs"], "must hold one LR picture for"),
-        (["--pretrained_model_name_or_path", "x", "--unet", '{"layers_per_block": 1}'], "leave out unet, or it"),
-        (["--report_to", "comet_ml"], "comet_ml is not installed"),
-        (["--lpips_weights", "setup.py"], "setup.py does not hold LPIPS v0.1 with SqueezeNet"),
         (["--dataset_name", "x/y"], "Give either"),
     ],
 )
@@ -462,13 +429,6 @@ def test_wrong_settings_are_refused_before_any_work(photo_folder, tmp_path, argu
     monkeypatch.chdir(ROOT)
     import train_sr
 
-    bad = {
-        "broken.yaml": "resolution: [64\n", "list.yaml": "- 64\n", "types.yaml": "resolution: [64]\n",
-        "no.yaml": "mixed_precision: no\n",
-    }  # fmt: skip
-    for name, content in bad.items():
-        (tmp_path / name).write_text(content)
-    arguments = [str(tmp_path / argument) if argument in bad else argument for argument in arguments]
     base = ["--train_data_dir", str(photo_folder), "--output_dir", str(tmp_path / "run")]
     config = [] if "--config" in arguments else ["--config", "configs/tiny.yaml"]
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
@@ -511,21 +471,6 @@ def test_pictures_on_the_command_line_replace_those_of_the_config(tmp_path, monk
     assert train_sr.parse_settings(["--config", config]).dataset_name == "DIV2K"
 
 
-def test_a_file_of_settings_has_types(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train_sr
-
-    lines = "train_data_dir: /data/photos\nvalidation_inference_steps: 2\nlearning_rate: 1e-4\nmax_grad_norm: 1\n"
-    (tmp_path / "plain.yaml").write_text(lines + "resize_to: null\nunet: {layers_per_block: 1}\n")
-    settings = train_sr.parse_settings(["--config", str(tmp_path / "plain.yaml")])
-    assert (settings.train_data_dir, settings.validation_inference_steps) == (["/data/photos"], [2])
-    assert (settings.learning_rate, settings.max_grad_norm, settings.resize_to) == (1e-4, 1.0, None)
-    assert settings.unet == {"layers_per_block": 1}
-    # The configs of a pipeline to start from replace those of the file, and are not recorded as if they held.
-    flag = ["--pretrained-model-name-or-path", "old"]
-    assert train_sr.parse_settings(["--config", str(tmp_path / "plain.yaml"), *flag]).unet == {}
-
-
 # One short run of each system's config: its network made small, its objective, data and scheduler as they are.
 SEEDS = {
     "seed_flow_x4": {"block_out_channels": [8, 8, 8]},
@@ -561,23 +506,3 @@ def test_every_seed_system_trains_from_its_config(name, train_script, photo_fold
     assert len(losses(out)) == 2
     assert all(np.isfinite(losses(out)))
     assert Image.open(next((out / "validation").glob("*.png"))).size[0] >= 64
-
-
-def test_the_first_try_shows_a_falling_loss(train_script, photo_folder, tmp_path):
-    """Within the 100 steps of `configs/tiny.yaml`, on waves and on pieces of photos."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in ("budgie", "kitten"):
-        with Image.open(ROOT / f"examples/{name}.png") as photo:
-            for left in range(0, 512, 128):
-                for top in range(0, 384, 128):
-                    photo.crop((left, top, left + 128, top + 128)).save(photos / f"{name}_{left}_{top}.png")
-    for place in (photo_folder, photos):
-        out = tmp_path / f"{place.name}_run"
-        done = train_script(*tiny(place, out))
-        assert done.status == 0, done.output
-        found = losses(out)
-        assert len(found) == 10
-        assert np.mean(found[-3:]) < 0.7 * np.mean(found[:3]), (place, found)
-        psnr = [record["psnr_y_1"] for record in records(out) if record.get("event") == "validation"]
-        assert psnr[-1] > psnr[0]

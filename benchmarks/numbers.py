@@ -1,0 +1,74 @@
+"""Makes docs/numbers.md, its plots and the evaluation.json of the bundled x4 network.
+
+    python benchmarks/numbers.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors
+
+DATA holds Set5 and Set14 as folders with `HR` and `LRx4` (MATLAB's bicubic). The LPIPS file is v0.1 of the SqueezeNet
+variant: the weights of torchmetrics' `LearnedPerceptualImagePatchSimilarity(net_type="squeeze")`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from flowsr import bundled
+from flowsr.evaluate import curve, evaluate, load_pairs, plot_curve, read_others
+from flowsr.loading import load_upscaler
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = ("Set5", "Set14")
+COLUMNS = {
+    "psnr_y": "{:.2f}", "ssim_y": "{:.3f}", "lpips": "{:.3f}", "haarpsi": "{:.3f}", "detail": "{:.2f}",
+    "lr_psnr": "{:.1f}", "seconds_per_megapixel": "{:.2f}",
+}  # fmt: skip
+
+
+INTRODUCTION = """# Numbers of the bundled network
+
+Made by `python benchmarks/numbers.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors`, seed 0. LR and metrics
+follow MATLAB's conventions: PSNR and SSIM on Y (BT.601), border 4. LPIPS is v0.1 with SqueezeNet, which is not
+comparable with published AlexNet numbers. **LPIPS with SqueezeNet was a term of the head's loss**, so it flatters this
+network; HaarPSI (1 for the original) and `detail` (energy beyond the LR grid, 1 for the original) were seen by no
+training. LR-PSNR says how well the output downscales to its input. Seconds are those of the machine at that time.
+
+The rows of other systems were measured on the same files with the same PSNR and LPIPS (`benchmarks/others_Set5.csv`,
+`others_Set14.csv`). In the plots, grey lines are the straight blends of any two of them."""
+
+
+def table(result: dict, others: list[dict]) -> list[str]:
+    """The rows of a curve, then other systems, as lines of Markdown."""
+    lines = ["| | PSNR-Y | SSIM-Y | LPIPS | HaarPSI | detail | LR-PSNR | s / MP |", "|---" * 8 + "|"]
+    for row in result["rows"]:
+        cells = [form.format(row[name]) for name, form in COLUMNS.items()]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    for other in others:
+        if other["system"] != "bicubic":
+            lines.append(f"| {other['system']} | {other['psnr_y']:.2f} | | {other['lpips']:.3f} | | | | |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path, help="folder of Set5 and Set14")
+    parser.add_argument("--lpips_weights", required=True)
+    parser.add_argument("--checkpoint", default=bundled("x4"))
+    options = parser.parse_args()
+
+    pipe = load_upscaler(options.checkpoint)
+    results, page = {}, INTRODUCTION.splitlines()
+    for name in SETS:
+        pairs = load_pairs(options.data / name / "HR", options.data / name / "LRx4", pipe.scale_factor)
+        others = read_others(ROOT / f"benchmarks/others_{name}.csv")
+        results[name] = curve(pipe, pairs, lpips_weights=options.lpips_weights)
+        plot_curve(results[name], others, ROOT / f"docs/curve_{name}.png", f"{name}, x{pipe.scale_factor}")
+        exact = evaluate(pipe, pairs, [1, 4], consistency="exact", lpips_weights=options.lpips_weights)
+        results[f"{name}, exact"] = exact
+        page += ["", f"## {name}", "", f"![the dial beside other systems on {name}](curve_{name}.png)", ""]
+        page += table(results[name], others)
+        page += ["", 'With `consistency="exact"`:', "", *table({"rows": exact["rows"][1:]}, [])]
+    (ROOT / "docs/numbers.md").write_text("\n".join(page) + "\n")
+    (Path(options.checkpoint) / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()
