@@ -506,3 +506,23 @@ def test_every_seed_system_trains_from_its_config(name, train_script, photo_fold
     assert len(losses(out)) == 2
     assert all(np.isfinite(losses(out)))
     assert Image.open(next((out / "validation").glob("*.png"))).size[0] >= 64
+
+
+def test_the_first_try_shows_a_falling_loss(train_script, photo_folder, tmp_path):
+    """Within the 100 steps of `configs/tiny.yaml`, on waves and on pieces of photos."""
+    photos = tmp_path / "pieces"
+    photos.mkdir()
+    for name in ("budgie", "kitten"):
+        with Image.open(ROOT / f"examples/{name}.png") as photo:
+            for left in range(0, 512, 128):
+                for top in range(0, 384, 128):
+                    photo.crop((left, top, left + 128, top + 128)).save(photos / f"{name}_{left}_{top}.png")
+    for place in (photo_folder, photos):
+        out = tmp_path / f"{place.name}_run"
+        done = train_script(*tiny(place, out))
+        assert done.status == 0, done.output
+        found = losses(out)
+        assert len(found) == 10
+        assert np.mean(found[-3:]) < 0.7 * np.mean(found[:3]), (place.name, found)
+        psnr = [record["psnr_y_1"] for record in records(out) if record.get("event") == "validation"]
+        assert psnr[-1] > psnr[0]
