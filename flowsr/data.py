@@ -40,7 +40,8 @@ def load_images(
         streaming (`bool`): read from the start to the end instead of by number; nothing is stored.
 
     Returns:
-        `datasets.Dataset`, or `datasets.IterableDataset` for `streaming`, with the column `image` (and `label`).
+        `datasets.Dataset`, or `datasets.IterableDataset` of undecoded pictures for `streaming`, with the column
+        `image` (and `label`).
 
     Raises:
         FileNotFoundError: if a folder does not exist or holds no picture.
@@ -81,8 +82,7 @@ def load_images(
             raise ValueError(f"The data set needs the columns {columns}, found {found.column_names}.")
     images = datasets.concatenate_datasets([found.select_columns(columns) for found in sets])
     if streaming:  # of a zip, whatever it holds
-        undecoded = images.cast_column("image", datasets.Image(decode=False))
-        images = undecoded.filter(is_picture).cast_column("image", datasets.Image())
+        images = images.cast_column("image", datasets.Image(decode=False)).filter(is_picture)
     return images
 
 
@@ -318,7 +318,9 @@ def decoded(images, picture: int, cropping: Cropping) -> tuple[dict, np.ndarray,
     """
     try:
         row = images[picture]
-        return row, *cropping.pair(row["image"], row.get("lr"))
+        image = row["image"]
+        image = ImageOps.exif_transpose(open_undecoded(image)) if isinstance(image, dict) else image  # of a stream
+        return row, *cropping.pair(image, row.get("lr"))
     except UNREADABLE as error:
         raise unreadable(name_of(images, picture) or f"Picture {picture}", error) from error
 
@@ -435,8 +437,10 @@ def name_of(images, picture: int) -> str | None:
     """The file name of a picture, where it came from a file."""
     import datasets
 
-    undecoded = images.select([picture]).cast_column("image", datasets.Image(decode=False))
-    path = undecoded[0]["image"]["path"]
+    if isinstance(images, list):  # the first of a stream
+        path = images[picture]["image"]["path"]
+    else:
+        path = images.select([picture]).cast_column("image", datasets.Image(decode=False))[0]["image"]["path"]
     return path and Path(path).name
 
 

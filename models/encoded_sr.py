@@ -41,7 +41,10 @@ class EncodedSROutput(BaseOutput):
 
 
 class SRBlock(nn.Module):
-    """conv, ReLU, conv; plus the input. Without norm (Lim et al. 2017, EDSR), and the identity at first."""
+    """conv, leaky ReLU, conv; plus the input. Without norm (Lim et al. 2017, EDSR), and the identity at first.
+
+    With a plain ReLU, long trainings by Muon at high rates leave whole blocks whose units never answer.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -51,7 +54,7 @@ class SRBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (b, c, h, w)
-        return hidden_states + self.conv2(F.relu(self.conv1(hidden_states)))
+        return hidden_states + self.conv2(F.leaky_relu(self.conv1(hidden_states), 0.1))
 
 
 class SRFiLMBlock(nn.Module):

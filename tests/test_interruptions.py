@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, tmp_path):
     done = run(out, "--max_train_steps", 7, "--checkpointing_steps", 3, "--resume_from_checkpoint", "latest")
     assert "checkpoint-6 is damaged and passed over: model.safetensors is not what was written" in done.output
     assert "3 steps, 12 crops" in done.output
+    shutil.rmtree(out / "checkpoint-7")
     done = run(out, "--max_train_steps", 7, "--resume_from_checkpoint", out / "checkpoint-6")
     assert done.status == 0  # written again by the run before
     (out / "checkpoint-7/optimizer.bin").unlink()

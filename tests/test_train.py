@@ -78,12 +78,16 @@ def test_a_run_learns_and_leaves_a_pipeline_with_its_record(photo_folder, tmp_pa
 
 
 def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path):
-    schedule = ("--max_train_steps", 3, "--logging_steps", 1, "--num_validation_images", 0, "--lr_warmup_steps", 0)
+    schedule = ("--max_train_steps", 3, "--logging_steps", 1, "--num_validation_images", 3, "--lr_warmup_steps", 0)
     for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
         done = launch(processes, *tiny(photo_folder, tmp_path / name, *schedule, "--train_batch_size", batch))
         assert done.returncode == 0, done.stderr[-3000:]
     assert "4 crops of 64 per step" in done.stdout
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-6)
+    for name in ("one", "two"):  # which share the pictures of a validation
+        (record,) = [record for record in records(tmp_path / name) if record.get("event") == "validation"]
+        assert record["psnr_y_1"] == pytest.approx(records(tmp_path / "one")[-1]["psnr_y_1"], abs=2e-3)
+        assert Image.open(tmp_path / name / "validation/000003_bicubic_sr_hr.png").size[1] == 3 * 96
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
