@@ -149,7 +149,7 @@ def test_fp16_scales_the_loss_and_waits_where_gradients_overflow(photo_folder, t
     waited = sum(rate == rates[0] for rate in rates)  # for the scale, 2^40 at first, to come down
     assert 8 <= waited < 20
     assert all(np.diff(rates[waited:]) < 0)
-    assert max(losses(whole)) < 0.2
+    assert max(losses(whole)) < 2  # at first every picture is unknown
     # The scale is part of a checkpoint.
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-24", "unet"))
     launch_as_on_gpus(ALONE, *tiny(photo_folder, resumed, *run, "--resume_from_checkpoint", "latest"))
@@ -335,7 +335,7 @@ def test_a_flow_may_start_from_the_estimate_of_another_model(train_script, photo
     pipe = FlowMatchSRPipeline.from_pretrained(out)
     kept = pipe.prior.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in prior.state_dict().items())
-    done = train_script(*tiny(photo_folder, out, *arguments))
+    done = train_script(*tiny(photo_folder, tmp_path / "without", *arguments))
     assert done.status == 1
     assert "needs a `prior` in `pipeline`" in done.output
 
@@ -416,7 +416,10 @@ DIFFUSION = ["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--unet", '{"pre
         (["--unet", '{"widths": [8]}'], "unknown settings ['widths']"),
         (["--unet", '{"_class_name": "VGG"}'], "has a class 'VGG'"),
         (["--unet", "{"], "`unet` is not JSON"),
-        (["--scheduler", '{"path": "vp"}'], "hold for a flow with path='linear', got a scheduler with path='vp'"),
+        (
+            ["--unet", "{}", "--scheduler", '{"path": "vp"}'],
+            "hold for a flow with path='linear', got a scheduler with path='vp'",
+        ),
         (["--unet", '{"precondition": false, "lr_channels": null}'], "its network needs `lr_channels`"),
         ([*DIFFUSION, "--scheduler", '{"_class_name": "FlowMatchSREulerScheduler"}'], "does not reverse a diffusion"),
         ([*DIFFUSION, "--colour_weight", "1"], "are for flows that upscale"),
@@ -457,7 +460,10 @@ def test_every_config_makes_its_pipeline(path, monkeypatch):
     a_file = ["--lpips_weights", __file__]  # settings only look whether it is there
     settings = train_sr.parse_settings(["--config", str(path), "--seed", "7", *a_file])
     assert settings.seed == 7
-    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler)
+    start = settings
+    if settings.train == "head":  # on the encoder of an earlier run
+        start = train_sr.parse_settings(["--config", str(path.with_name("x4_encoder.yaml"))])
+    pipe = pipeline_from(start.pipeline, start.unet, start.scheduler)
     flow = type(pipe.scheduler).__name__ == "FlowMatchSREulerScheduler"
     train_sr.check_objective(settings, pipe, flow, pipe.unet.config.lr_channels is not None)
 
