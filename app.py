@@ -59,9 +59,13 @@ def build(page: Page) -> gr.Blocks:
                         brush=gr.Brush(40, [FAITHFUL_PAINT, VIVID_PAINT], FAITHFUL_PAINT, "fixed"),
                     )  # fmt: skip
                 with gr.Tab("What was invented"):
-                    heat = gr.Image(label="|vivid - faithful|: black equal, white far apart", elem_id="heat")
+                    heat = gr.Image(
+                        label="|vivid - faithful|: black equal, white far apart",
+                        elem_id="heat",
+                        buttons=["download", "fullscreen"],
+                    )
                 with gr.Tab("Side by side"):
-                    pair = gr.Image(label="bicubic, flowsr", elem_id="pair")
+                    pair = gr.Image(label="bicubic, flowsr", elem_id="pair", buttons=["download", "fullscreen"])
         with gr.Accordion("Limits", open=False):
             gr.Markdown(LIMITS.format(scale=page.scale, megapixels=page.max_pixels / page.scale**2 / 1e6))
 

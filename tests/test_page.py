@@ -225,3 +225,11 @@ def test_strokes_are_told_by_their_colour():
     layer[0, 0], layer[1, 2] = (47, 107, 255, 255), (255, 138, 31, 255)
     strokes = read_strokes([layer])
     assert strokes[0, 0] == 1 and strokes[1, 2] == 0 and np.isnan(strokes).sum() == 4
+
+
+def test_a_space_is_told_to_install_what_the_package_needs():
+    root = Path(__file__).resolve().parents[1]
+    listed = (root / "docs" / "page.md").read_text().rsplit("```\n", 2)[-2].split()
+    setup = (root / "setup.py").read_text()
+    needed = setup[setup.index("install_requires=[") : setup.index("extras_require")]
+    assert listed == [line.split('"')[1] for line in needed.splitlines() if line.strip().startswith('"')]

@@ -118,7 +118,8 @@ class Private(ModelMixin, ConfigMixin):
 
 
 def test_the_source_of_a_class_of_ones_own_does_not_travel(folder, tmp_path):
-    with_component = FlowMatchSRPipeline(make_unet(), FlowMatchSREulerScheduler(source="prior"), prior=Private())
+    unet, scheduler = make_unet(precondition=False), FlowMatchSREulerScheduler(source="prior")
+    with_component = FlowMatchSRPipeline(unet, scheduler, prior=Private())
     for pipe, message in {
         with_component: "`prior` is a Private of the module test_sharing. A saved pipeline holds the source",
         Derived.from_pretrained(folder): "The pipeline is a Derived of the module test_sharing",
