@@ -240,11 +240,6 @@ class Settings:
             raise ValueError(
                 f"`learning_rate` must be at most 1e30, where float32 overflows, got {self.learning_rate}."
             )
-        if self.streaming and self.dataloader_num_workers:
-            raise ValueError(
-                "Loader processes would divide a stream among them: set `dataloader_num_workers` to 0, or leave out "
-                f"`streaming`, got {self.dataloader_num_workers}."
-            )
         if self.lr_data_dir and (self.streaming or self.resize_to or self.degradation != "bicubic"):
             raise ValueError(
                 "`lr_data_dir` gives the LR of whole pictures: leave out `streaming`, `resize_to` and `degradation`."
@@ -496,7 +491,7 @@ def main(arguments: list[str]) -> None:
     steps_left = max(total_steps - progress.step, 0)
     length = steps_left * crops_per_step
     if settings.streaming:
-        crops = CropStream(images, cropping, progress.images, length, settings.small_images)
+        crops = CropStream(images, cropping, progress.images, length, settings.small_images, settings.train_batch_size)
     else:
         overfit = crops_per_step if settings.overfit else None
         crops = CropDataset(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from flowsr.degradations import cut_to_multiple, degrade, downscale
 from flowsr.picture_file import PICTURE_SUFFIXES, one_line
@@ -105,9 +105,12 @@ def where(archive: str, labels: bool, streaming: bool) -> dict[str, object]:
 
 
 def is_picture(row: dict) -> bool:
-    """Whether an undecoded row is a picture by the name of its file, where it has one."""
+    """Whether an undecoded row is a picture by the name of its file, where it has one; hidden files are none."""
     path = row["image"]["path"]
-    return not path or Path(path.split("::")[0]).suffix.lower() in PICTURE_SUFFIXES
+    if not path:
+        return True
+    inside = Path(path.split("::")[0].removeprefix("zip://"))
+    return inside.suffix.lower() in PICTURE_SUFFIXES and not inside.name.startswith(".")
 
 
 def with_lr(images, lr_data_dir: str, scale: int):
@@ -330,27 +333,34 @@ class CropStream(IterableDataset):
     """The training stream of pictures that come one after the other; pictures smaller than a crop are left out.
 
     Each pass is shuffled within a buffer. A stream that begins at `start` reads past what an earlier one has used,
-    without decoding it, and continues it to the bit.
+    without decoding it, and continues it to the bit. Loader processes all read the stream, and each decodes the crops
+    of its own batches.
 
     Args:
         images (`datasets.IterableDataset`), cropping, start, length: as for [`CropDataset`].
         small_images ("refuse" or "skip"): what becomes of a file that is no picture: an error, or it is left out. One
             that breaks off further on is always an error, as a resumed run reads past it undecoded.
+        batch_size (`int`): crops in a batch of the loader.
     """
 
-    def __init__(self, images, cropping: Cropping, start: int, length: int, small_images: str = "refuse"):
+    def __init__(
+        self, images, cropping: Cropping, start: int, length: int, small_images: str = "refuse", batch_size: int = 1
+    ):
         import datasets
 
         images = images.cast_column("image", datasets.Image(decode=False))
         self.images = images.shuffle(seed=cropping.seed, buffer_size=SHUFFLE_BUFFER)
         self.cropping, self.start, self.length, self.small_images = cropping, start, length, small_images
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
         index, epoch = 0, 0
         while index < self.start + self.length:
             self.images.set_epoch(epoch)
             before = index
-            for row in self.images:
+            for rows in self.images.iter(batch_size=1):  # unlike `iter(self.images)` not split over loader processes
+                row = {name: column[0] for name, column in rows.items()}
                 try:
                     picture = open_undecoded(row["image"])
                 except UNREADABLE as error:
@@ -359,7 +369,8 @@ class CropStream(IterableDataset):
                     continue
                 if self.cropping.resize_to is None and min(picture.size) < self.cropping.resolution:
                     continue
-                if index >= self.start:
+                batch = (index - self.start) // self.batch_size  # the loader asks its processes in turn
+                if index >= self.start and (worker is None or batch % worker.num_workers == worker.id):
                     try:
                         pair = self.cropping.pair(ImageOps.exif_transpose(picture))
                     except UNREADABLE as error:

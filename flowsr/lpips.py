@@ -53,7 +53,8 @@ class SqueezeLPIPS(nn.Module):
         self.backbone = nn.ModuleDict({str(n): layer for n, layer in layers.items()})
         try:
             state = load_file(weights)
-            self.lins = [state.pop(f"lin{n}.weight") for n in range(len(TAPS))]  # each (1, channels, 1, 1)
+            for n in range(len(TAPS)):  # each (1, channels, 1, 1)
+                self.register_buffer(f"lin{n}", state[f"lin{n}.weight"], persistent=False)
             self.load_state_dict({k: v for k, v in state.items() if k.startswith("backbone.")})
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(
@@ -79,5 +80,6 @@ class SqueezeLPIPS(nn.Module):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`(n, 3, h, w)` in [-1, 1] twice -> `(n,)`."""
-        pairs = zip(self.features(a), self.features(b), self.lins)
+        lins = [getattr(self, f"lin{n}") for n in range(len(TAPS))]
+        pairs = zip(self.features(a), self.features(b), lins)
         return sum(((x - y).square() * lin).sum(1).mean((1, 2)) for x, y, lin in pairs)

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import random_picture, smooth_picture
+from torch.utils.data import DataLoader
 
 from flowsr.data import (
     KNOWN,
@@ -138,6 +139,17 @@ def test_a_stream_goes_on_where_an_earlier_one_ended(photo_folder):
         next(iter(CropStream(images, Cropping(128, 4), 0, 1)))
 
 
+def test_a_stream_is_the_same_whatever_the_loader_processes(photo_folder):
+    images = load_images([str(photo_folder)], None, streaming=True)
+    alone, *shared = (
+        list(DataLoader(CropStream(images, Cropping(32, 4), 3, 22, batch_size=4), 4, num_workers=workers))
+        for workers in (0, 1, 2)
+    )
+    assert [len(batch["index"]) for batch in alone] == [4, 4, 4, 4, 4, 2]
+    for loaded in shared:
+        assert all(same(a, b) for a, b in zip(alone, loaded, strict=True))
+
+
 def test_pictures_come_from_zips_urls_and_tables(photo_folder, tmp_path, monkeypatch):
     import datasets
 
@@ -221,6 +233,8 @@ def test_sixteen_bits_keep_their_brightness(tmp_path, mode):
 def test_zips_give_labels_and_hold_other_files_too(class_folder, tmp_path):
     (class_folder / "readme.txt").write_text("two classes")
     (class_folder / "cat/Thumbs.db").write_bytes(b"thumbs")
+    (class_folder / "__MACOSX/cat").mkdir(parents=True)
+    (class_folder / "__MACOSX/cat/._0.png").write_text("what macOS puts into zips")
     archive = shutil.make_archive(str(tmp_path / "classes"), "zip", class_folder)
     images = load_images([archive], None, labels=True)
     assert images.features["label"].names == ["cat", "dog"]

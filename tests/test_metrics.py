@@ -118,6 +118,22 @@ def test_lpips_equals_the_reference_implementation():
     assert "SqueezeNet" in words
 
 
+def test_all_of_lpips_moves_to_a_device(tmp_path):
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from flowsr.lpips import FIRES, Fire, SqueezeLPIPS
+
+    layers = {"0": nn.Conv2d(3, 64, 3, stride=2), **{str(n): Fire(*sizes) for n, sizes in FIRES.items()}}
+    state = {f"backbone.{name}": weight for name, weight in nn.ModuleDict(layers).state_dict().items()}
+    channels = (64, 128, 256, 384, 384, 512, 512)
+    state |= {f"lin{n}.weight": torch.ones(1, width, 1, 1) for n, width in enumerate(channels)}
+    save_file(state, tmp_path / "lpips.safetensors")
+    network = SqueezeLPIPS(str(tmp_path / "lpips.safetensors")).to("meta")
+    distance = network(*torch.zeros(2, 2, 3, 64, 64, device="meta"))
+    assert (distance.shape, distance.device.type) == ((2,), "meta")
+
+
 def test_evaluation_of_a_folder(tmp_path):
     (tmp_path / "hr").mkdir()
     (tmp_path / "lr").mkdir()

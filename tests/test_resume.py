@@ -163,7 +163,6 @@ def test_a_checkpoint_to_start_from_brings_its_own_configs(script):
         ({"learning_rate": math.nan}, "must be positive"),
         ({"adam_beta1": 1.0}, r"in \[0, 1\)"),
         ({"resize_to": 64, "resolution": 96}, "raise `resize_to` or lower `resolution`"),
-        ({"streaming": True, "dataloader_num_workers": 2}, "set `dataloader_num_workers` to 0"),
         ({"lr_data_dir": "lr", "degradation": "bsrgan"}, "leave out `streaming`, `resize_to` and `degradation`"),
         ({"report_to": "swanlab"}, "needs the package: pip install swanlab"),
     ],

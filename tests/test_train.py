@@ -144,6 +144,7 @@ def test_fp16_scales_the_loss_and_waits_where_gradients_overflow(photo_folder, t
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     schedule = ("--max_train_steps", 24, "--logging_steps", 1, "--checkpointing_steps", 20, "--lr_warmup_steps", 0)
     run = (*schedule, "--num_validation_images", 0, "--train_batch_size", 2, "--mixed_precision", "fp16")
+    run = (*run, "--unet", json.dumps(SMALL), "--learning_rate", 0.002)  # whose gradients are small from the start
     launch_as_on_gpus(ALONE, *tiny(photo_folder, whole, *run))
     rates = [record["learning_rate"] for record in records(whole) if "loss" in record]
     waited = sum(rate == rates[0] for rate in rates)  # for the scale, 2^40 at first, to come down
@@ -416,7 +417,10 @@ DIFFUSION = ["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--unet", '{"pre
         (["--unet", '{"widths": [8]}'], "unknown settings ['widths']"),
         (["--unet", '{"_class_name": "VGG"}'], "has a class 'VGG'"),
         (["--unet", "{"], "`unet` is not JSON"),
-        (["--scheduler", '{"path": "vp"}'], "hold for a flow with path='linear', got a scheduler with path='vp'"),
+        (
+            ["--unet", "{}", "--scheduler", '{"path": "vp"}'],
+            "hold for a flow with path='linear', got a scheduler with path='vp'",
+        ),
         (["--unet", '{"precondition": false, "lr_channels": null}'], "its network needs `lr_channels`"),
         ([*DIFFUSION, "--scheduler", '{"_class_name": "FlowMatchSREulerScheduler"}'], "does not reverse a diffusion"),
         ([*DIFFUSION, "--colour_weight", "1"], "are for flows that upscale"),
@@ -513,3 +517,23 @@ def test_every_seed_system_trains_from_its_config(name, train_script, photo_fold
     assert len(losses(out)) == 2
     assert all(np.isfinite(losses(out)))
     assert Image.open(next((out / "validation").glob("*.png"))).size[0] >= 64
+
+
+def test_the_first_try_shows_a_falling_loss(train_script, photo_folder, tmp_path):
+    """Within the 100 steps of `configs/tiny.yaml`, on waves and on pieces of photos."""
+    photos = tmp_path / "pieces"
+    photos.mkdir()
+    for name in ("budgie", "kitten"):
+        with Image.open(ROOT / f"examples/{name}.png") as photo:
+            for left in range(0, 512, 128):
+                for top in range(0, 384, 128):
+                    photo.crop((left, top, left + 128, top + 128)).save(photos / f"{name}_{left}_{top}.png")
+    for place in (photo_folder, photos):
+        out = tmp_path / f"{place.name}_run"
+        done = train_script(*tiny(place, out))
+        assert done.status == 0, done.output
+        found = losses(out)
+        assert len(found) == 10
+        assert np.mean(found[-3:]) < 0.7 * np.mean(found[:3]), (place.name, found)
+        psnr = [record["psnr_y_1"] for record in records(out) if record.get("event") == "validation"]
+        assert psnr[-1] > psnr[0]
