@@ -314,7 +314,7 @@ def test_bad_input_is_refused():
 def test_the_call_is_that_of_flow_matching():
     ours, theirs = (inspect.signature(cls.__call__).parameters for cls in (DDPMSRPipeline, FlowMatchSRPipeline))
     shared = [name for name in theirs if name in ours]
-    assert set(theirs) - set(ours) == {"sigmas", "fidelity", "solver", "rtol", "atol", "class_labels"}
+    assert set(theirs) - set(ours) == {"sigmas", "fidelity", "solver", "rtol", "atol", "class_labels", "corner"}
     assert set(ours) - set(theirs) == {"eta", "prompt_embeds"}
     assert [name for name in ours if name in theirs] == shared
     assert all(ours[name] == theirs[name] for name in shared if name != "num_inference_steps")
