@@ -6,10 +6,12 @@ torch takes seconds to import, so that a command imports what it needs when its 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import flowsr
@@ -49,6 +51,7 @@ example:
   flowsr demo -o demo_output --checkpoint ddpm_x4 --steps 10""",
 }
 
+SMALL_TILE = 128  # LR pixels: tried where memory ran out
 FORMATS = ("png", "jpg", "webp", "tif", "avif", "heic", "jp2", "bmp")  # suffixes of files that are written
 
 
@@ -113,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument(
         "--max-memory", type=size_in_bytes, help="for the network's work, such as 2G (default: half of free)"
     )
+    it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by names")
+    it.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
     it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
@@ -171,6 +176,10 @@ def upscale(options: argparse.Namespace) -> int:
     if max_pixels < 1:
         raise ValueError(f"`--max-pixels` must be positive, got {max_pixels}.")
     inputs = find_pictures(options.input)
+    if options.shard and options.output == "-":
+        raise ValueError("A shard of pictures needs a folder; the standard output takes one picture.")
+    if options.shard:
+        inputs = [path for path in inputs if in_shard(path, options.shard)]
     targets = plan_targets(inputs, options)
     streamed = options.output == "-"
     pipe = pipeline_of(options)
@@ -186,6 +195,8 @@ def upscale(options: argparse.Namespace) -> int:
         consistency=options.consistency,
         tile=(None if has_parts(pipe) else 256) if options.tile is None else options.tile or None,
     )
+    if options.dry_run:
+        return dry_run(pipe, inputs, options, max_pixels, call)
     model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
     printed = sys.stderr if streamed else sys.stdout
     failures = []
@@ -199,26 +210,38 @@ def upscale(options: argparse.Namespace) -> int:
         bar.set_description(source.name)
         bar.set_postfix_str("")
         report, start = {"input": str(source)}, time.perf_counter()
+        work = partial(
+            upscale_file,
+            pipe,
+            source,
+            target,
+            seed=options.seed,
+            compare_to=compare_path(target) if options.compare else None,
+            model=None if options.no_provenance else model,
+            quality=options.quality,
+            max_pixels=max_pixels,
+            max_memory=options.max_memory,
+            progress=inside,
+            stream=sys.stdout.buffer if streamed else None,
+            say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
+        )
         try:
-            width, height = upscale_file(
-                pipe,
-                source,
-                target,
-                seed=options.seed,
-                compare_to=compare_path(target) if options.compare else None,
-                model=None if options.no_provenance else model,
-                quality=options.quality,
-                max_pixels=max_pixels,
-                max_memory=options.max_memory,
-                progress=inside,
-                stream=sys.stdout.buffer if streamed else None,
-                say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
-                **call,
-            )
+            try:
+                width, height = work(**call)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                retried = f"out of memory; once more in tiles of {SMALL_TILE} LR pixels"
+            else:
+                retried = None
+            if retried:  # outside of the handler, whose traceback holds what the first try had made
+                bar.write(f"flowsr: {source}: {retried}.", file=sys.stderr)
+                width, height = work(**call | {"tile": SMALL_TILE})
             seconds = round(time.perf_counter() - start, 3)
             report |= {"output": str(target), "width": width, "height": height, "seconds": seconds}
-        except ValueError as error:
-            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            line = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split())
+            failures.append(line if str(source) in line else f"{source}: {line}")
             report |= {"error": failures[-1]}
         if options.json:
             print(json.dumps(report), file=printed, flush=True)
@@ -227,6 +250,37 @@ def upscale(options: argparse.Namespace) -> int:
     if not options.quiet and not options.json:
         where = "standard output" if streamed else options.output
         print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}.", file=printed)
+    return 1 if failures else 0
+
+
+def dry_run(pipe, inputs: list[Path], options: argparse.Namespace, max_pixels: int, call: dict) -> int:
+    """Prints what each picture would take; 1 where one cannot be done."""
+    from dataclasses import asdict
+
+    from flowsr.estimate import estimate
+    from flowsr.picture_reader import shape_of
+
+    failures, seconds, disk = [], 0.0, 0
+    for source in inputs:
+        try:
+            *size, channels, dtype = shape_of(source, max_pixels // pipe.scale_factor**2)
+            needed = estimate(pipe, size, channels, dtype, max_memory=options.max_memory, **call)
+        except ValueError as error:
+            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+            continue
+        seconds, disk = seconds + needed.seconds, disk + needed.disk
+        if options.json:
+            print(json.dumps({"input": str(source), **asdict(needed)}))
+        else:
+            print(
+                f"{source}: {size[0]}x{size[1]} -> {needed.width}x{needed.height} in {needed.parts} parts, about "
+                f"{needed.seconds:.1f} s, {needed.memory / 2**20:.0f} MiB of memory, {needed.disk / 2**20:.1f} MiB "
+                "before compression"
+            )
+    if not options.json:
+        print(f"Together about {seconds:.0f} s and {disk / 2**20:.1f} MiB before compression; nothing was written.")
+    for failure in failures:
+        print(f"flowsr: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -279,6 +333,25 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
         if target.exists() and not options.overwrite:
             raise ValueError(f"{target} exists; pass `--overwrite` to replace it, or choose another `-o`.")
     return targets
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's own, that of a GPU, and that of torch on a CPU, which has no class."""
+    return isinstance(error, MemoryError) or "memory" in str(error).lower() and isinstance(error, RuntimeError)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`2/4`: the second of four."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"a shard is I/N with I from 1 to N, such as 2/4; got {text!r}")
+    return int(number), int(count)
+
+
+def in_shard(path: Path, shard: tuple[int, int]) -> bool:
+    """Whether a picture belongs to a shard, by its name alone: the same on every machine."""
+    digest = hashlib.sha256(os.fsencode(path.name)).digest()
+    return int.from_bytes(digest[:8], "big") % shard[1] == shard[0] - 1
 
 
 def size_in_bytes(text: str) -> int:

@@ -40,6 +40,12 @@ class HubMixin(InstalledClassesMixin):
         with clear_errors(repo_id, "was not changed on the Hub"):
             super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
+    def estimate(self, size: tuple[int, int], num_inference_steps: int = 4, **options):
+        """What upscaling a picture of this width and height will take: see [`~flowsr.estimate.estimate`]."""
+        from flowsr.estimate import estimate
+
+        return estimate(self, size, num_inference_steps=num_inference_steps, **options)
+
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
         """Fetches a repository of the Hub into the cache; uses the cache where the connection fails."""

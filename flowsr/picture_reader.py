@@ -99,6 +99,27 @@ def read_bytes(path: str | Path, name: str, limit: int) -> bytes:
     return data
 
 
+def shape_of(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int, str]:
+    """Width, height, channels and dtype of the first frame of a picture file, by its header.
+
+    Raises:
+        UnreadableError: for what is no picture, or too large.
+    """
+    try:
+        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            load_heif()
+            check_size(image, image.width * image.height, max_pixels)
+            raw = raw_mode(image.tile[0]) if image.tile else ""
+            deep = "16" in raw or image.mode.startswith("I")
+            channels = {"L": 1, "1": 1, "LA": 2, "RGBA": 4, "CMYK": 4}.get(image.mode, 1 if deep else 3)
+            return image.width, image.height, channels, "uint16" if deep else "uint8"
+    except UnreadableError as error:
+        raise UnreadableError(f"{path}: {error}") from None
+    except Exception as error:  # decoders raise many kinds for broken files
+        raise UnreadableError(f"{path}: not a picture that can be read ({one_line(error)}).") from None
+
+
 def open_image(data: bytes, frame: int = 0) -> PIL.Image.Image:
     """The header of a frame; nothing is decoded."""
     formats = [format.name for format in FORMATS if format.name != "HEIF"]

@@ -23,7 +23,7 @@ SHARE = 0.5  # of the memory that is free, taken without `max_memory`
 LARGEST_TILE = 1024  # LR pixels: beyond it a tile saves little
 SAME_KERNELS = 20480  # values: torch convolves smaller pictures by other code, which rounds otherwise
 # Of the widest layer, and float32 pictures on the grid of the result, that live at once.
-MAPS, IMAGES = 7, 14
+MAPS, IMAGES = 10, 20
 
 
 class Upscaled:

@@ -1,0 +1,90 @@
+"""What upscaling a picture will take, before any of it is done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+from diffusers import DiffusionPipeline
+
+from flowsr.streaming import Upscaled, bytes_per_pixel, has_parts
+
+SAMPLE = 96  # LR pixels: side of what is upscaled to learn the speed
+WHOLE = 48  # bytes per pixel of the result where it is made in one piece
+
+
+@dataclass
+class Estimate:
+    """What a picture will take.
+
+    Attributes:
+        width, height: of the result, pixels.
+        parts: that are upscaled one by one; 1 for a picture in one piece.
+        memory: of the process at its peak, bytes.
+        seconds: at the speed that this machine has now.
+        disk: bytes of the result without compression.
+    """
+
+    width: int
+    height: int
+    parts: int
+    memory: int
+    seconds: float
+    disk: int
+
+
+class Shape:
+    """A picture of which the size alone is known."""
+
+    def __init__(self, height: int, width: int, channels: int, dtype: str):
+        self.shape, self.dtype = (height, width, channels), np.dtype(dtype)
+
+
+def estimate(
+    pipe: DiffusionPipeline,
+    size: tuple[int, int],
+    channels: int = 3,
+    dtype: str = "uint8",
+    tile: int | None = None,
+    max_memory: int | None = None,
+    **options,
+) -> Estimate:
+    """Memory, time and disk for a picture, from its size and a sample of 96x96 LR pixels that is upscaled twice.
+
+    Args:
+        size: width and height of the LR, pixels.
+        channels (`int` in 1..4), dtype ("uint8", "uint16"): of the picture.
+        tile, max_memory: as for [`~flowsr.streaming.Upscaled`].
+        options: of the pipeline's call: `num_inference_steps`, `fidelity`, `consistency`.
+
+    Raises:
+        ValueError: for what does not fit into the memory, with the way out.
+    """
+    (width, height), scale = size, pipe.scale_factor
+    here, pixels = psutil.Process().memory_info().rss, width * height
+    disk = pixels * scale**2 * channels * np.dtype(dtype).itemsize
+    if has_parts(pipe):
+        plan = Upscaled(Shape(height, width, channels, dtype), pipe, tile=tile, max_memory=max_memory, **options)
+        rows, columns = ([seen.stop - seen.start for seen, _ in spans] for spans in (plan.bands, plan.columns))
+        parts, seen = len(rows) * len(columns), sum(rows) * sum(columns)
+        band = min(plan.side * scale, plan.shape[0]) * disk // plan.shape[0]
+        memory = here + max(rows) * max(columns) * bytes_per_pixel(pipe) + band
+    else:
+        parts, seen = 1, pixels
+        at_once = pixels if tile is None else min(pixels, (2 * tile) ** 2)
+        memory = here + pixels * scale**2 * WHOLE + at_once * bytes_per_pixel(pipe)
+        free = psutil.virtual_memory().available
+        if pipe._execution_device.type == "cpu" and memory - here > free:
+            raise ValueError(
+                f"A picture of {width}x{height} needs about {memory - here >> 20} MiB in one piece, and "
+                f"{free >> 20} MiB are free; take smaller pictures, or a checkpoint that upscales parts by themselves."
+            )
+    sample = np.zeros((min(height, SAMPLE), min(width, SAMPLE), 3), np.uint8)
+    for _ in range(2):  # the first call prepares
+        start = time.perf_counter()
+        pipe(sample, output_type="np", **options)
+        seconds = time.perf_counter() - start
+    seconds *= seen / (sample.shape[0] * sample.shape[1])
+    return Estimate(width * scale, height * scale, parts, memory, seconds, disk)

@@ -1,0 +1,71 @@
+"""A folder of pictures, of which some fail, and one that several machines share."""
+
+import PIL.Image
+import pytest
+import torch
+from conftest import random_picture
+from test_parts import make_pipe
+
+from flowsr import upscaler
+from flowsr.cli import main
+
+
+@pytest.fixture
+def call(tmp_path):
+    make_pipe().save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        random_picture(8, 6 + number).save(tmp_path / f"in/{number}.png")
+    place = ["--checkpoint", str(tmp_path / "checkpoint"), "--steps", "1"]
+    return ["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *place]
+
+
+def failing(monkeypatch, error: Exception, name: str, below_tile: int):
+    """The network's work on one picture fails, in tiles larger than `below_tile`; the rest is as it is."""
+    whole = upscaler.upscale_file
+
+    def upscale_file(pipe, source, target, **options):
+        if source.name == name and (options["tile"] or 9999) > below_tile:
+            raise error
+        return whole(pipe, source, target, **options)
+
+    monkeypatch.setattr(upscaler, "upscale_file", upscale_file)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+)  # fmt: skip
+def test_memory_that_runs_out_is_tried_once_more_in_small_tiles(call, tmp_path, monkeypatch, capsys, error):
+    failing(monkeypatch, error, "1.png", 128)
+    assert main(call) == 0
+    assert "1.png: out of memory; once more in tiles of 128" in capsys.readouterr().err
+    assert PIL.Image.open(tmp_path / "out/1.png").size == (32, 28)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), RuntimeError("broken")])
+def test_after_any_failure_the_rest_is_done(call, tmp_path, monkeypatch, capsys, error):
+    failing(monkeypatch, error, "1.png", 0)
+    assert main(call) == 1
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "1.png" in line and "once more" not in line]
+    assert (str(error) or "out of memory") in line
+    assert "3 of 4 pictures" in captured.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png", "3.png"]
+
+
+def test_shards_do_each_picture_once(call, tmp_path, capsys):
+    assert main(call) == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    made = {}
+    for shard in ("1/3", "2/3", "3/3"):
+        out = tmp_path / shard.replace("/", "of")
+        assert main([*call, "--shard", shard, "-o", str(out)]) == 0
+        part = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+        assert not made.keys() & part.keys()
+        made |= part
+    assert made == whole
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            main([*call, "--shard", wrong])
+        assert "a shard is I/N" in capsys.readouterr().err
