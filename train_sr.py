@@ -44,7 +44,7 @@ from transformers import HfArgumentParser
 
 import flowsr
 from flowsr import FlowMatchSREulerScheduler, checkpoints
-from flowsr.averages import Averages, trainable
+from flowsr.averages import Averages, train_part, trainable
 from flowsr.components import pipeline_from
 from flowsr.data import (
     CropDataset,
@@ -124,7 +124,6 @@ class Settings:
         default=None, metadata={"help": "start from this pipeline (its config replaces the three above)"}
     )
     lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank only (PEFT), merged at the end"})
-
     train: str = field(default="all", metadata={"help": "all of the network; or its encoder or head alone"})
 
     # Objective.
@@ -421,7 +420,7 @@ def main(arguments: list[str]) -> None:
     distance_of_pictures = load_lpips(settings.lpips_weights)[0] if settings.lpips_weights else None
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    select_part(unet, settings.train)
+    train_part(unet, settings.train)
     if settings.lora_rank:
         add_adapters(unet, settings.lora_rank)
     unet.to(accelerator.device)
@@ -608,10 +607,12 @@ def main(arguments: list[str]) -> None:
         Each crop stands somewhere within 2, 4 or 8 steps; only the last evaluation has a gradient.
         """
         steps, done = unrolling_for(index, settings.seed)
+        heads_behind = int(done.max())  # known on the CPU, so that no device is waited for
+        steps, done = steps.to(source.device), done.to(source.device)
         sigma = 1 - 1 / steps  # the first step, at sigma = 1, goes to the mean
         x_t = scheduler.add_noise(conditions["encoding"].mean, source, sigma * scheduler.config.num_train_timesteps)
         with torch.no_grad():
-            for number in range(int(done.max())):
+            for number in range(heads_behind):
                 image = unet(x_t, sigma * scheduler.config.num_train_timesteps, **conditions).sample
                 following = torch.where(done > number, sigma - 1 / steps, sigma)
                 x_t = image + (x_t - image) * (following / sigma)[:, None, None, None]  # Euler's step
@@ -826,14 +827,6 @@ def fit_strategy(accelerator: Accelerator, settings: Settings) -> None:
             )
         deepspeed.deepspeed_config["gradient_clipping"] = settings.max_grad_norm  # it clips by itself
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
-
-
-def select_part(unet: torch.nn.Module, part: str) -> None:
-    """Freezes all but one part of the network, such as its `encoder`."""
-    if part != "all":
-        others = "head" if part == "encoder" else "encoder"
-        getattr(unet, others).requires_grad_(False)
-        unet.time_embedding.requires_grad_(part == "head")
 
 
 def add_adapters(unet: torch.nn.Module, rank: int) -> None:

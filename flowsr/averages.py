@@ -43,5 +43,13 @@ def like(mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else whole
 
 
+def train_part(network: nn.Module, part: str) -> None:
+    """Freezes all of a network but its "encoder", or its "head" with the time embedding; nothing for "all"."""
+    if part != "all":
+        network.requires_grad_(False)
+        getattr(network, part).requires_grad_(True)
+        network.time_embedding.requires_grad_(part == "head")
+
+
 def trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]

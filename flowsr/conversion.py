@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import flowsr
 from flowsr import originals
+from flowsr.averages import train_part
 from flowsr.components import pipeline_from
 from flowsr.loading import class_named
 
@@ -246,10 +247,14 @@ def convert_training(folder: Path, ema: bool) -> DiffusionPipeline:
     pipe = pipeline_from(*configs, pretrained=settings.get("pretrained_model_name_or_path"))
     if ema:
         averages = [state["shadow_params"] for state in map(read_checkpoint, registered) if "shadow_params" in state]
-        names = [name for name, _ in pipe.unet.named_parameters()]  # in the order in which EMAModel keeps them
+        train_part(pipe.unet, settings.get("train", "all"))
+        names = [name for name, weight in pipe.unet.named_parameters() if weight.requires_grad]  # as EMAModel has them
+        pipe.unet.requires_grad_(True)
         if len(averages) != 1 or len(averages[0]) != len(names):
             raise ConversionError(f"{folder} has no averaged weights for this network; see `--weights`.")
-        state = dict(zip(names, averages[0]))
+        whole = folder / "model.safetensors"  # for what was not trained; not there where the weights were sharded
+        state = read_checkpoint(whole) if whole.is_file() else pipe.unet.state_dict()
+        state = {**state, **dict(zip(names, averages[0]))}
     else:
         state = read_checkpoint(folder / "model.safetensors")
     load_all(pipe.unet, state)

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from flowsr.data import as_levels
 from flowsr.degradations import cut_to_multiple, downscale
 from flowsr.files import PICTURE_SUFFIXES, find_pictures, read_picture
 from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, psnr_y, ssim_y
@@ -39,7 +40,7 @@ def load_pairs(hr_dir: str, lr_dir: str | None, scale: int) -> list[Pair]:
     lr_paths = list(Path(lr_dir).iterdir()) if lr_dir is not None else []
     pairs = []
     for path in find_pictures([hr_dir]):
-        hr = cut_to_multiple(np.asarray(read_picture(path).convert("RGB")), scale)
+        hr = cut_to_multiple(np.asarray(as_levels(read_picture(path), "RGB")), scale)
         if lr_dir is None:
             pairs.append(Pair(path.name, hr, downscale(hr, scale)))
             continue
@@ -47,7 +48,7 @@ def load_pairs(hr_dir: str, lr_dir: str | None, scale: int) -> list[Pair]:
         found = [p for p in lr_paths if p.stem in names and p.suffix.lower() in PICTURE_SUFFIXES]
         if len(found) != 1:
             raise ValueError(f"{lr_dir} must hold one LR picture for {path.name}, found {[p.name for p in found]}.")
-        lr = np.asarray(read_picture(found[0]).convert("RGB"))
+        lr = np.asarray(as_levels(read_picture(found[0]), "RGB"))
         if (lr.shape[0] * scale, lr.shape[1] * scale) != hr.shape[:2]:
             raise ValueError(
                 f"{found[0].name} is {lr.shape[1]}x{lr.shape[0]}; at x{scale} it must be {hr.shape[1] // scale}x"

@@ -237,8 +237,9 @@ def encode_png(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
             chunk(b"IHDR", struct.pack(">II", width, height), depth, data[at + 17 : at + 21])
         elif name == b"IDAT":
             compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * size_of), np.uint8)
-            for start in range(0, height, 64):
-                rows = pixels[start : start + 64].astype(f">u{size_of}", order="C").view(np.uint8)
+            count = rows_at_once(pixels)
+            for start in range(0, height, count):
+                rows = pixels[start : start + count].astype(f">u{size_of}", order="C").view(np.uint8)
                 rows = rows.reshape(-1, width * channels * size_of)
                 chunk(b"IDAT", compressor.compress(paeth(rows, above, size_of * channels)))
                 above = rows[-1:]
@@ -246,6 +247,12 @@ def encode_png(pixels: np.ndarray, file: BinaryIO, options: dict) -> None:
         else:
             file.write(data[at : at + size + 12])
         at += size + 12
+
+
+def rows_at_once(pixels: np.ndarray) -> int:
+    """How many rows are asked for and compressed together: about a quarter of a MiB."""
+    _, width, channels = pixels.shape
+    return max(1, 2**18 // (width * channels * pixels.dtype.itemsize))
 
 
 def paeth(rows: np.ndarray, above: np.ndarray, step: int) -> bytes:
@@ -278,7 +285,7 @@ def encode_tiff(picture: PictureFile, kept: dict, file: BinaryIO) -> None:
     file.write(header + struct.pack(word, 0))
     for pixels in picture.frames:
         (height, width, channels), size_of = pixels.shape, pixels.dtype.itemsize
-        rows = max(1, 2**18 // (width * channels * size_of))
+        rows = rows_at_once(pixels)
         page = PIL.TiffImagePlugin.ImageFileDirectory_v2(header.ljust(16 if big else 8, b"\0"))
         if "EXIF" in kept:
             exif = parse_exif(kept["EXIF"])

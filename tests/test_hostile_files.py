@@ -15,7 +15,7 @@ import PIL.features
 import PIL.Image
 import pytest
 from conftest import make_pipeline, random_picture, smooth_picture
-from test_files import PROFILE, XMP, exif
+from metadata import PROFILE, XMP, exif
 
 from flowsr.cli import main
 from flowsr.files import PictureFile, UnreadableError, check_target, read_file, write_file

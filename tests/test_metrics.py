@@ -118,6 +118,13 @@ def test_lpips_equals_the_reference_implementation():
     assert "SqueezeNet" in words
 
 
+def test_test_pictures_of_sixteen_bits_keep_their_brightness(tmp_path):
+    levels = np.asarray(smooth_picture(32, 24).convert("L"))
+    PIL.Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    (pair,) = load_pairs(str(tmp_path), None, 4)
+    assert np.array_equal(pair.hr, np.stack([levels] * 3, axis=-1))
+
+
 def test_all_of_lpips_moves_to_a_device(tmp_path):
     from safetensors.torch import save_file
     from torch import nn

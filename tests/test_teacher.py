@@ -9,7 +9,7 @@ from PIL import Image
 
 from flowsr.data import CropDataset, Cropping
 from flowsr.degradations import downscale
-from flowsr.teacher import CachedAnswers, ReadyAnswers, Wrapped, teacher_from
+from flowsr.teacher import CachedAnswers, ForeignNetwork, ReadyAnswers, teacher_from
 
 
 class Nearest(torch.nn.Module):
@@ -29,10 +29,10 @@ def test_answers_of_a_network_are_made_once_and_kept(tmp_path):
     lr = np.asarray(random_picture(9, 7))
     expected = lr.repeat(4, axis=0).repeat(4, axis=1)
     for _ in range(2):
-        assert np.array_equal(CachedAnswers(Wrapped(network), 4, tmp_path)(None, lr), expected)
+        assert np.array_equal(CachedAnswers(ForeignNetwork(network), 4, tmp_path)(None, lr), expected)
     assert network.calls == 1
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
-    CachedAnswers(Wrapped(network), 4, tmp_path)(None, lr.transpose(1, 0, 2))
+    CachedAnswers(ForeignNetwork(network), 4, tmp_path)(None, lr.transpose(1, 0, 2))
     assert network.calls == 2
 
 

@@ -1,11 +1,7 @@
 """The training script as a user runs it; results are read back from disk."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,39 +11,13 @@ import yaml
 from conftest import random_picture, smooth_picture
 from diffusers import DDIMScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from training import ALONE, DEEPSPEED, FSDP, ROOT, launch, launch_as_on_gpus, losses, records, tiny, weights
 
 from flowsr import DDPMSRPipeline, FlowMatchPipeline, FlowMatchSRPipeline, UNetSRModel
 from flowsr.components import pipeline_from
 from flowsr.conversion import convert
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"block_out_channels": [8], "layers_per_block": 1, "mid_layers": 0, "time_embedding_dim": 8}
-
-
-def tiny(photos, output, *arguments) -> list:
-    return ["--config", "configs/tiny.yaml", "--train_data_dir", photos, "--output_dir", output, *arguments]
-
-
-def records(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output: Path) -> list[float]:
-    return [record["loss"] for record in records(output) if "loss" in record]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "unet/diffusion_pytorch_model.safetensors")
-
-
-def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
-    """By accelerate's launcher; `--cpu` would start several processes through MPI alone."""
-    how = ["--cpu"] if processes == 1 else ["--multi_gpu", "--num_processes", str(processes)]
-    program = ["accelerate.commands.launch", *how]
-    call = [sys.executable, "-m", *program, str(ROOT / "train_sr.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def test_a_run_learns_and_leaves_a_pipeline_with_its_record(photo_folder, tmp_path):
@@ -91,21 +61,6 @@ def test_two_processes_equal_one_with_twice_the_batch(photo_folder, tmp_path):
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
-
-
-FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
-ALONE = ("--num_processes", "1")
-DEEPSPEED = ("--use_deepspeed", "--zero_stage", "2")
-
-
-def launch_as_on_gpus(how: tuple[str, ...], *arguments) -> None:
-    if how is DEEPSPEED:
-        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
-    program = ["accelerate.commands.launch", "--num_processes", "2", *how, ROOT / "tests/train_as_on_gpus.py"]
-    call = map(str, [sys.executable, "-m", *program, *arguments])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("how", [FSDP, DEEPSPEED], ids=["fsdp", "deepspeed"])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import smooth_picture
 from PIL import Image
-from test_train import FSDP, launch, launch_as_on_gpus, losses, records, tiny, weights
+from training import FSDP, launch, launch_as_on_gpus, losses, records, tiny, weights
 
 from flowsr import FlowMatchSRPipeline
+from flowsr.conversion import convert
 
 SIZES = {"encoder_channels": 8, "encoder_blocks": 1, "head_channels": 8, "head_blocks": 1, "time_embedding_dim": 8}
 ENCODED = (
@@ -17,6 +18,12 @@ ENCODED = (
 )  # fmt: skip
 ENCODER = (*ENCODED, "--train", "encoder", "--optimizer", "muon")
 FEW = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--validation_steps", 4)
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """To the bit."""
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def change(before: dict, after: dict, part: str) -> bool:
@@ -29,11 +36,13 @@ def test_encoder_and_head_are_trained_one_after_the_other(train_script, photo_fo
     train_script(*tiny(photo_folder, first, *ENCODER, *steps, "--frequency_weight", 0.01))
     assert np.mean(losses(first)[-2:]) < 0.95 * losses(first)[0]
     encoder = weights(first)
+    assert_same(convert(first / "checkpoint-60").unet.state_dict(), encoder)
     how = ("--train", "head", "--optimizer", "muon", "--sigma_atom", 0, "--unroll_weight", 0.3)
     train_script(
         *tiny(photo_folder, second, "--pretrained_model_name_or_path", first, *how, *FEW, "--max_train_steps", 12)
     )
     head = weights(second)
+    assert_same(convert(second / "checkpoint-12").unet.state_dict(), head)
     assert not change(encoder, head, "encoder")
     assert change(encoder, head, "head")
     assert change(encoder, head, "time_embedding")
