@@ -181,7 +181,7 @@ def read_others(table: str) -> list[dict]:
 
 
 def plot_curve(result: dict, others: list[dict], picture: str | Path, title: str = "") -> None:
-    """PSNR-Y against LPIPS: the positions of [`curve`] joined, other systems, and the straight blends of any two."""
+    """PSNR-Y against LPIPS: [`curve`] by steps (solid) and fidelity (dashed), others, and the blends of any two."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,17 +200,16 @@ def plot_curve(result: dict, others: list[dict], picture: str | Path, title: str
         axis.annotate(
             other["system"], (other["psnr_y"], other["lpips"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
         )
-    axis.plot([row["psnr_y"] for row in rows], [row["lpips"] for row in rows], "o-", color="tab:red", zorder=3)
+    ends = [row for row in rows if row["fidelity"] in (0, 1)]  # the numbers of steps, from the faithful end on
+    dial = [row for row in rows if row["steps"] in (1, ends[-1]["steps"])]  # the fidelities at the most steps
+    for series, style in ((dial, "o--"), (ends, "o-")):
+        axis.plot(
+            [row["psnr_y"] for row in series], [row["lpips"] for row in series], style, color="tab:red", zorder=3
+        )
     for row in rows:
         name = f"fidelity {row['fidelity']:g}" if row["fidelity"] else f"{row['steps']} steps"
-        axis.annotate(
-            name,
-            (row["psnr_y"], row["lpips"]),
-            fontsize=7,
-            color="tab:red",
-            xytext=(4, -9),
-            textcoords="offset points",
-        )
+        place = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7, "color": "tab:red"}
+        axis.annotate(name, (row["psnr_y"], row["lpips"]), **place)
     axis.set(xlabel="PSNR-Y, dB (more is better)", ylabel="LPIPS (less is better)", title=title)
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
