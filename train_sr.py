@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ from flowsr.data import (
     CropDataset,
     Cropping,
     CropStream,
+    as_images,
     check_classes,
     decoded,
     load_images,
@@ -499,8 +501,9 @@ def main(arguments: list[str]) -> None:
         if settings.teacher:
             crops.teacher = teacher_from(settings.teacher, scale, settings.teacher_cache, accelerator.device)
             mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-            for picture in tqdm(mine, desc="teacher", unit="picture", disable=not accelerator.is_main_process):
-                crops.read(picture)  # what the network answers is kept for all processes
+            with ThreadPoolExecutor() as pool:  # what the network answers is kept for all processes
+                answers = pool.map(crops.read, mine)
+                list(tqdm(answers, "teacher", len(mine), unit="picture", disable=not accelerator.is_main_process))
             accelerator.wait_for_everyone()
     loader = DataLoader(
         crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers,
@@ -677,9 +680,9 @@ def main(arguments: list[str]) -> None:
     )
     losses, norms, watch = [], [], Stopwatch()
     for batch in loader:
-        batch = {
-            name: x if name == "index" else x.to(accelerator.device, non_blocking=True) for name, x in batch.items()
-        }
+        batch = as_images(
+            {name: x if name == "index" else x.to(accelerator.device, non_blocking=True) for name, x in batch.items()}
+        )
         with accelerator.accumulate(unet):
             loss = objective(batch)
             accelerator.backward(loss)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_sr  # noqa: E402
 from flowsr.components import pipeline_from  # noqa: E402
-from flowsr.data import CropDataset, Cropping, load_images  # noqa: E402
+from flowsr.data import CropDataset, Cropping, as_images, load_images  # noqa: E402
 from flowsr.optimizers import make_optimizer  # noqa: E402
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    train_step({key: torch.stack([crops[0][key]] * batch) for key in crops[0]})  # warm up
+    train_step(as_images({key: torch.stack([crops[0][key]] * batch) for key in crops[0]}))  # warm up
     crops.cache.clear()
     print(f"{batch} crops of {settings.resolution} a step, {torch.get_num_threads()} threads, {steps} steps each\n")
     print("| pictures | data, s a step | training, s a step | share of the data |\n|---|---|---|---|")
@@ -54,7 +54,7 @@ def main() -> None:
         data = training = 0.0
         for _ in range(steps):
             start = time.perf_counter()
-            examples = next(loader)
+            examples = as_images(next(loader))
             data += time.perf_counter() - start
             start = time.perf_counter()
             train_step(examples)

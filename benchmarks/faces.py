@@ -17,7 +17,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from flowsr.conversion import convert
-from flowsr.data import CropDataset, Cropping, load_images
+from flowsr.data import CropDataset, Cropping, as_images, load_images
 from flowsr.lpips import SqueezeLPIPS
 from flowsr.validation import generated_grid
 
@@ -63,7 +63,7 @@ def main() -> None:
     side = convert(checkpoints[0]).config.sample_size[0]
     faces = load_images([options.faces], None)
     crops = CropDataset(faces, Cropping(side, 1, augmentation="none", center_crop=True, resize_to=side))  # shuffled
-    real = torch.stack([crops[number]["hr"] for number in range(len(faces))])
+    real = torch.stack([as_images(crops[number])["hr"] for number in range(len(faces))])
     kid.update(real[options.samples :], real=True)
     print("| faces | KID |\n|---|---|")
     row("real", real[: options.samples])

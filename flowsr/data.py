@@ -223,7 +223,7 @@ class Cropping:
     def crop(
         self, hr: np.ndarray, lr: np.ndarray | None, index: int, label: int | None, answer: np.ndarray | None = None
     ) -> dict[str, torch.Tensor]:
-        """Crop number `index`: `hr` (c, resolution, resolution) and `lr` (c, resolution / scale, ...) in [-1, 1].
+        """Crop number `index`: `hr` (c, resolution, resolution) and `lr` (c, resolution / scale, ...) as uint8.
 
         Where a teacher's `answer` is given, which lies on the grid of `hr`, the crop has it as `teacher`.
         """
@@ -397,8 +397,13 @@ def turn(image: np.ndarray, symmetry: int) -> np.ndarray:
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 `(h, w, c)` -> float32 `(c, h, w)` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 127.5 - 1
+    """uint8 `(h, w, c)` -> uint8 `(c, h, w)`."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def as_images(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch whose pictures are float32 in [-1, 1]: they travel to the device as bytes, a quarter as large."""
+    return {name: x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x for name, x in batch.items()}
 
 
 def unfit_pictures(images, side: int, scale: int = 1) -> dict[int, str]:

@@ -68,26 +68,32 @@ class Muon(torch.optim.AdamW):
         with torch.no_grad():
             for group in self.param_groups:
                 if group["momentum"] is not None:
-                    for weight in group["params"]:
-                        if weight.grad is not None:
-                            self.orthogonal_step(weight, group)
-                            weight.grad = None  # done, so that AdamW's step leaves it alone
+                    self.orthogonal_step(group)
         super().step()
         return loss
 
-    def orthogonal_step(self, weight: nn.Parameter, group: dict) -> None:
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        average = state["momentum_buffer"]
-        average.lerp_(weight.grad, 1 - group["momentum"])
-        ahead = weight.grad.lerp(average, group["momentum"])
-        whole = ahead.full_tensor() if hasattr(ahead, "full_tensor") else ahead  # sharded by FSDP 2
-        update = orthogonalised(whole.flatten(1)).view_as(whole)
-        size = 0.2 * max(len(update), update[0].numel()) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.sub_(like(weight, update).mul_(group["lr"] * size))
+    def orthogonal_step(self, group: dict) -> None:
+        """Moves the weights of a group and drops their gradients, so that AdamW's step leaves them alone."""
+        ahead: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}  # by shape: one product serves many
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            average = state["momentum_buffer"]
+            average.lerp_(weight.grad, 1 - group["momentum"])
+            step = weight.grad.lerp(average, group["momentum"])
+            step = step.full_tensor() if hasattr(step, "full_tensor") else step  # sharded by FSDP 2
+            ahead.setdefault(step.shape, []).append((weight, step))
+            weight.grad = None
+        for shape, pairs in ahead.items():
+            updates = orthogonalised(torch.stack([step.flatten(1) for _, step in pairs]))
+            size = 0.2 * max(updates.shape[1:]) ** 0.5
+            for (weight, _), update in zip(pairs, updates):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(like(weight, update.view(shape)).mul_(group["lr"] * size))
 
 
 def orthogonalised(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
@@ -96,13 +102,13 @@ def orthogonalised(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     Its coefficients trade precision for speed: singular values end between 0.7 and 1.2, except the very smallest.
 
     Args:
-        matrix (`torch.Tensor` of shape `(rows, columns)`).
+        matrix (`torch.Tensor` of shape `(..., rows, columns)`).
     """
     x = matrix.float()
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype)

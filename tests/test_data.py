@@ -17,6 +17,7 @@ from flowsr.data import (
     CropDataset,
     Cropping,
     CropStream,
+    as_images,
     as_levels,
     check_classes,
     load_images,
@@ -55,9 +56,8 @@ def test_crops_are_aligned_and_a_function_of_seed_and_index(images):
     crop = stream[5]
     assert crop["hr"].shape == (3, 32, 32)
     # Away from the edges of the crop its LR is that of the crop alone.
-    levels = ((crop["hr"].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
-    again = to_tensor(downscale(levels, 4))
-    assert (again - crop["lr"])[:, 2:-2, 2:-2].abs().max() <= 1 / 127.5 + 1e-6
+    again = to_tensor(downscale(crop["hr"].permute(1, 2, 0).numpy(), 4))
+    assert (again.int() - crop["lr"].int())[:, 2:-2, 2:-2].abs().max() <= 1
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -105,7 +105,7 @@ def test_augmentation_centre_and_size_are_as_asked(tmp_path):
     assert "lr" not in plain[3]
     flipped = CropDataset(images, Cropping(16, 1, augmentation="flip", center_crop=True), 0, 20)
     kinds = {turn(picture[7:23, 12:28], symmetry).tobytes() for symmetry in (0, 4)}
-    found = {((flipped[i]["hr"].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy().tobytes() for i in range(20)}
+    found = {flipped[i]["hr"].permute(1, 2, 0).numpy().tobytes() for i in range(20)}
     assert found == kinds
     small = CropDataset(images, Cropping(15, 1, augmentation="none", center_crop=True, resize_to=15), 0, 1)
     resized = np.asarray(PIL.Image.fromarray(picture).resize((20, 15), PIL.Image.BICUBIC))
@@ -278,8 +278,7 @@ def test_hr_pictures_find_their_lr_by_name(photo_folder, tmp_path):
         crop, hr = stream[number], images[int(order_of_pictures(0, 0, 9)[number])]["image"]
         (name,) = (stem for stem in lr if PIL.Image.open(photo_folder / f"{stem}.png").size == hr.size)
         places = np.lib.stride_tricks.sliding_window_view(np.asarray(lr[name]), (8, 8, 3)).reshape(-1, 8, 8, 3)
-        levels = ((crop["lr"].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
-        assert (places == levels).all((1, 2, 3)).any()
+        assert (places == crop["lr"].permute(1, 2, 0).numpy()).all((1, 2, 3)).any()
     (lr_folder / "0.bmp").unlink()
     random_picture(20, 20).save(lr_folder / "2.bmp")
     with pytest.raises(ValueError, match=r"one LR picture for each of 9 HR pictures.*for 1: 0 \(0\)"):
@@ -304,7 +303,9 @@ def test_a_stream_names_or_leaves_out_what_is_no_picture(photo_folder):
 def test_grey_pictures_are_degraded_as_colour_ones_are(images, chain):
     crop = CropDataset(images, Cropping(32, 4, channels=1, degradation=chain), 0, 1)[0]
     assert crop["lr"].shape == (1, 8, 8)
-    assert (crop["lr"].mean() - crop["hr"].mean()).abs() < 0.2
+    pictures = as_images(crop)
+    assert pictures["hr"].dtype == torch.float32 and -1 <= pictures["hr"].min() < pictures["hr"].max() <= 1
+    assert (pictures["lr"].mean() - pictures["hr"].mean()).abs() < 0.2
 
 
 def test_degrading_leaves_the_hr_as_it_is():
