@@ -20,7 +20,6 @@ import math
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +89,7 @@ FIXED = (
     "num_validation_images"
 ).split()
 OF_THE_CALL = ("output_dir", "resume_from_checkpoint")  # say nothing about the training
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal, as shells have it
 
 
@@ -275,6 +275,12 @@ class Settings:
             raise ValueError(f"`lpips_weights`: there is no file {self.lpips_weights}.")
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the whole group (Ctrl-C, a scheduler's end of time) must not end the loaders before the last step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def has_gpu() -> bool:
     return torch.cuda.is_available()
 
@@ -408,9 +414,9 @@ def main(arguments: list[str]) -> None:
     )
     fit_strategy(accelerator, settings)
     set_seed(settings.seed)
-    interrupted = threading.Event()  # answered after the optimiser step that it falls in, by all processes
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: (interrupted.set(), accelerator.set_trigger()))
+    interrupted: list[int] = []  # signals, answered after the optimiser step that they fall in, by all processes
+    for number in SIGNALS:  # a handler can interrupt itself, so it takes no lock
+        signal.signal(number, lambda received, _: (interrupted.append(received), accelerator.set_trigger()))
 
     # Pipeline, network and scheduler.
     pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler, settings.pretrained_model_name_or_path)
@@ -507,7 +513,7 @@ def main(arguments: list[str]) -> None:
             accelerator.wait_for_everyone()
     loader = DataLoader(
         crops, settings.train_batch_size, num_workers=settings.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=leave_signals_to_the_trainer,
     )  # fmt: skip
     loader = accelerator.prepare_data_loader(loader, device_placement=False)
 
@@ -701,7 +707,7 @@ def main(arguments: list[str]) -> None:
         progress.step += 1
         progress.images += crops_per_step
         bar.update()
-        stopped = interrupted.is_set() if accelerator.num_processes == 1 else accelerator.check_trigger()
+        stopped = bool(interrupted) if accelerator.num_processes == 1 else accelerator.check_trigger()
         last = progress.step == total_steps
         saves = progress.step % settings.checkpointing_steps == 0 or last or stopped
         validates = (progress.step % settings.validation_steps == 0 or last) and not stopped
