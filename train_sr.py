@@ -276,7 +276,7 @@ class Settings:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole group (Ctrl-C, a scheduler's end of time) must not end the loaders before the last step."""
+    """A signal to the whole group, as by Ctrl-C, must not end the loaders before the last step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
