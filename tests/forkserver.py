@@ -62,6 +62,7 @@ def main() -> None:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
+            os.setpgrp()
             run_script(request)
         ended = None
         if request["kill"] is not None or request["terminate_at"]:
@@ -70,7 +71,10 @@ def main() -> None:
                 told = Path(request["log"]).read_text()
                 if newest(folder) >= number if folder else request["terminate_at"] in told:
                     time.sleep(delay)
-                    os.kill(child, signal.SIGKILL if request["kill"] else signal.SIGTERM)
+                    if request["kill"]:
+                        os.kill(child, signal.SIGKILL)
+                    else:
+                        os.killpg(child, signal.SIGTERM)  # as a terminal and a scheduler of jobs do it
                     break
                 time.sleep(0.005)
                 pid, status = os.waitpid(child, os.WNOHANG)

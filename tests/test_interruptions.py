@@ -74,9 +74,11 @@ def test_after_twenty_kills_at_random_moments_the_run_ends_as_if_there_had_been_
     assert equal(tmp_path / "whole", out)
 
 
-def test_a_signal_to_end_saves_and_says_so(run, tmp_path):
-    schedule = ("--max_train_steps", 200, "--checkpointing_steps", 1000)
-    done = run(tmp_path / "stopped", *schedule, terminate_at="steps to go")
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_a_signal_to_end_saves_and_says_so(run, tmp_path, loaders):
+    schedule = ("--max_train_steps", 200, "--checkpointing_steps", 1000, "--dataloader_num_workers", loaders)
+    begun = "steps to go" if not loaders else "images_per_s="  # by when the loaders are there
+    done = run(tmp_path / "stopped", *schedule, terminate_at=begun)
     assert done.status == 143
     (checkpoint,) = checkpoints.found_in(tmp_path / "stopped")
     step = int(checkpoint.name.split("-")[1])
