@@ -6,7 +6,6 @@ torch takes seconds to import, so that a command imports what it needs when its 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -112,11 +111,14 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--suffix", default="", help="behind the names of results in a folder, such as _x4")
     it.add_argument("--quality", type=int, help="1..100, of jpg, avif and heic (default: 95), and of lossy webp")
     it.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    it.add_argument(
+        "--skip-existing", action="store_true", help="leave results that a call with this flag would make again"
+    )
     it.add_argument("--max-pixels", type=int, help="largest result, all frames together")
     it.add_argument(
         "--max-memory", type=size_in_bytes, help="for the network's work, such as 2G (default: half of free)"
     )
-    it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by names")
+    it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by paths")
     it.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
     it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
@@ -170,19 +172,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def upscale(options: argparse.Namespace) -> int:
-    from flowsr.files import MAX_PIXELS, find_pictures
+    from flowsr.files import MAX_PIXELS
+    from flowsr.folders import Done, find_tree, in_shard
 
     max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
     if max_pixels < 1:
         raise ValueError(f"`--max-pixels` must be positive, got {max_pixels}.")
-    inputs = find_pictures(options.input)
-    if options.shard and options.output == "-":
-        raise ValueError("A shard of pictures needs a folder; the standard output takes one picture.")
-    if options.shard:
-        inputs = [path for path in inputs if in_shard(path, options.shard)]
-    targets = plan_targets(inputs, options)
+    found = find_tree(options.input, Path(options.output))
     streamed = options.output == "-"
+    if streamed and (options.shard or options.skip_existing):
+        raise ValueError("`--shard` and `--skip-existing` need a folder; the standard output takes one picture.")
+    if options.shard:
+        found = [(path, name) for path, name in found if in_shard(name, options.shard)]
+    inputs, targets = [path for path, _ in found], plan_targets(found, options)
+    if not options.skip_existing:
+        refuse_existing(targets, options)
     pipe = pipeline_of(options)
+    done = None
+    if options.skip_existing:
+        if targets == [Path(options.output)]:
+            raise ValueError(f"`--skip-existing` needs a folder of results, `-o {options.output}` is one file.")
+        done = Done(Path(options.output), deciding(options, pipe), options.shard)
+        left = [(path, target) for path, target in zip(inputs, targets) if not done.has(path, target)]
+        skipped, (inputs, targets) = len(inputs) - len(left), zip(*left) if left else ((), ())
+        refuse_existing(targets, options)
     from tqdm import tqdm
 
     from flowsr.streaming import has_parts
@@ -226,6 +239,8 @@ def upscale(options: argparse.Namespace) -> int:
             say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
         )
         try:
+            if done is not None:
+                done.begin(source, target)
             try:
                 width, height = work(**call)
             except (MemoryError, RuntimeError) as error:
@@ -249,7 +264,8 @@ def upscale(options: argparse.Namespace) -> int:
         print(f"flowsr: {failure}", file=sys.stderr)
     if not options.quiet and not options.json:
         where = "standard output" if streamed else options.output
-        print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}.", file=printed)
+        before = f" {skipped} were there already." if done is not None else ""
+        print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}.{before}", file=printed)
     return 1 if failures else 0
 
 
@@ -284,14 +300,39 @@ def dry_run(pipe, inputs: list[Path], options: argparse.Namespace, max_pixels: i
     return 1 if failures else 0
 
 
-def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
-    """Where each result goes; refuses two results with one name, and results on top of inputs and other files.
+def deciding(options: argparse.Namespace, pipe) -> dict:
+    """All that a result depends on beside its picture."""
+    from flowsr.folders import digest_of_pipeline
+
+    names = "steps fidelity consistency tile seed dtype format suffix quality compare no_provenance".split()
+    return {"version": flowsr.__version__, "pipeline": digest_of_pipeline(pipe)} | {
+        n: getattr(options, n) for n in names
+    }
+
+
+def refuse_existing(targets, options: argparse.Namespace) -> None:
+    """Refuses to write over results, unless told to."""
+    for target in written(targets, options):
+        if target.exists() and not options.overwrite:
+            raise ValueError(f"{target} exists; pass `--overwrite` to replace it, or choose another `-o`.")
+
+
+def written(targets, options: argparse.Namespace) -> list[Path]:
+    return [*targets, *(compare_path(target) for target in targets if options.compare)]
+
+
+def plan_targets(found: list[tuple[Path, Path]], options: argparse.Namespace) -> list[Path]:
+    """Where each result goes; refuses two results with one name, and results on top of inputs.
+
+    Args:
+        found: the pictures, and the names that they have below a folder of results.
 
     For the standard output, `-` with the suffix of the format; without one where only the input knows it.
     """
     from flowsr.files import PICTURE_SUFFIXES, check_place, format_of
 
     output, suffix = Path(options.output), f".{options.format}" if options.format else ""
+    inputs = [path for path, _ in found]
     streams = [path for path in inputs if str(path) == "-"]
     if streams and len(inputs) > 1:
         raise ValueError("The standard input `-` is one picture; upscale others by another call.")
@@ -320,18 +361,15 @@ def plan_targets(inputs: list[Path], options: argparse.Namespace) -> list[Path]:
     elif streams and not suffix:
         raise ValueError("The standard input has no name; name the result by `-o`, or its format by `--format`.")
     else:
-        stems = ["stdin" if path in streams else path.stem for path in inputs]
-        targets = [output / f"{stem}{options.suffix}{suffix or path.suffix}" for stem, path in zip(stems, inputs)]
+        targets = [output / name.with_name(f"{name.stem}{options.suffix}{suffix or name.suffix}") for _, name in found]
     sources, planned = {path.resolve() for path in inputs}, set()
-    for target in targets + [compare_path(target) for target in targets if options.compare]:
+    for target in written(targets, options):
         check_place(target)
         if target in planned:
             raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
         planned.add(target)
         if target.resolve() in sources:
             raise ValueError(f"{target} is an input and would be overwritten; choose another `-o` or a `--suffix`.")
-        if target.exists() and not options.overwrite:
-            raise ValueError(f"{target} exists; pass `--overwrite` to replace it, or choose another `-o`.")
     return targets
 
 
@@ -346,12 +384,6 @@ def shard_of(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"a shard is I/N with I from 1 to N, such as 2/4; got {text!r}")
     return int(number), int(count)
-
-
-def in_shard(path: Path, shard: tuple[int, int]) -> bool:
-    """Whether a picture belongs to a shard, by its name alone: the same on every machine."""
-    digest = hashlib.sha256(os.fsencode(path.name)).digest()
-    return int.from_bytes(digest[:8], "big") % shard[1] == shard[0] - 1
 
 
 def size_in_bytes(text: str) -> int:

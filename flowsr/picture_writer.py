@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
+import socket
 import struct
 import tempfile
 import warnings
@@ -17,6 +19,7 @@ import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
 import PIL.TiffImagePlugin
+import psutil
 
 from flowsr.picture_file import (
     EXIF_IFD,
@@ -34,6 +37,7 @@ from flowsr.picture_file import (
     parse_exif,
 )
 
+PARTIAL = ".partial"  # suffix of files that are being written
 TIFF_BYTES = int(0.99 * 2**32)  # of pixels in a TIFF that is no BigTIFF
 
 
@@ -141,7 +145,7 @@ def write_file(picture: PictureFile, path: str | Path, quality: int | None = Non
     """
     path = Path(path)
     check_target(picture, path, quality=quality)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".flowsr-", suffix=".partial")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=partial_prefix(os.getpid()), suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of slips in EXIF, which is written as it was
@@ -155,6 +159,21 @@ def write_file(picture: PictureFile, path: str | Path, quality: int | None = Non
     finally:
         if os.path.exists(partial):
             os.unlink(partial)
+
+
+def partial_prefix(pid: int | str) -> str:
+    """How a process of this machine begins the names of files that it has not finished."""
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    return f".flowsr-{host}-{pid}-"
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes of this machine left unfinished below a folder when they were killed."""
+    before, after = partial_prefix("*").split("*")
+    for partial in folder.rglob(f"{before}*{after}*{PARTIAL}"):
+        pid = partial.name.removeprefix(before).split(after)[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            partial.unlink(missing_ok=True)
 
 
 def encode(picture: PictureFile, file: BinaryIO, format: Format, quality: int | None = None) -> None:
