@@ -68,6 +68,7 @@ from flowsr.objectives import (
     condition_dropped,
     frequency_loss,
     generators_for,
+    moved_off_the_grid,
     perceptual_loss,
     sigmas_for,
     timesteps_for,
@@ -599,13 +600,14 @@ def main(arguments: list[str]) -> None:
             image = own_state_estimate(source, conditions, index)
             loss = loss + settings.unroll_weight * distance(image, hr).mean()
             if settings.perceptual_weight:
-                loss = loss + settings.perceptual_weight * lpips(pipe.from_data_range(image), batch["hr"]).mean()
+                seen = moved_off_the_grid(index, settings.seed, pipe.from_data_range(image), batch["hr"])
+                loss = loss + settings.perceptual_weight * lpips(*seen).mean()
             return loss
         if settings.perceptual_weight or settings.colour_weight:
             image = scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight:
-            shown = pipe.from_data_range(image)
-            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, shown, batch["hr"], sigma)
+            seen = moved_off_the_grid(index, settings.seed, pipe.from_data_range(image), batch["hr"])
+            loss = loss + settings.perceptual_weight * perceptual_loss(lpips, *seen, sigma)
         if settings.colour_weight:
             loss = loss + settings.colour_weight * colour_loss(image, conditions["lr"])
         return loss

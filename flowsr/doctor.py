@@ -17,7 +17,6 @@ from flowsr.loading import best_device
 
 BUNDLED = {
     "x4": "photos that were downscaled cleanly; fidelity from faithful to vivid",
-    "x4_light": "as x4 at about a third of the time: a network that encodes once, early in its training",
     "ddpm_x4": "the same task by diffusion: samples with more detail, in ten steps and more",
     "digits": "generates handwritten digits of a class, for study",
 }

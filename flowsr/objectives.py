@@ -79,6 +79,26 @@ def perceptual_loss(lpips: nn.Module, estimate: torch.Tensor, hr: torch.Tensor, 
     return ((1 - sigma[inside]) * distances).sum() / len(sigma)
 
 
+def moved_off_the_grid(index: torch.Tensor, seed: int, *images: torch.Tensor, period: int = 4) -> list[torch.Tensor]:
+    """Windows of crops that begin at pixels of every phase, the same in each of `images`.
+
+    Crops begin on the grid of the LR, and the strides of a perceptual network have its period: what the network does
+    not see lies at the same pixels in each crop, and the head would fill these with a mesh.
+
+    Args:
+        index (`torch.Tensor` of shape `(batch,)`): numbers of the crops, which decide with `seed`.
+        *images (`torch.Tensor` of shape `(batch, c, H, W)`).
+        period (`int`): pixels; windows are `(H - period + 1, W - period + 1)`.
+    """
+    phase = (kronecker(index, seed + 4, GOLDEN_RATIO) * period**2).long().tolist()
+    height, width = (side - period + 1 for side in images[0].shape[-2:])
+    places = [(number // period, number % period) for number in phase]
+    return [
+        torch.stack([x[:, top : top + height, left : left + width] for x, (top, left) in zip(batch, places)])
+        for batch in images
+    ]
+
+
 def frequency_loss(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of the Fourier coefficients (Cho et al. 2021, MIMO-UNet+, eq. 6), of both their parts.
 

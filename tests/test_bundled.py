@@ -19,7 +19,7 @@ from flowsr.loading import load_upscaler
 from flowsr.metrics import lr_psnr, psnr_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-NAMES = ["ddpm_x4", "digits", "x4", "x4_light"]
+NAMES = ["ddpm_x4", "digits", "x4"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_tiled_equals_whole(pipe):
 @pytest.mark.skipif(
     not (SHARED / "data/Set5").is_dir(), reason="the published test set Set5 is not beside this checkout"
 )
-@pytest.mark.parametrize("name", ["x4", "x4_light", "ddpm_x4"])
+@pytest.mark.parametrize("name", ["x4", "ddpm_x4"])
 def test_the_published_numbers_are_those_of_these_weights(name):
     pipe = load_upscaler(name)
     pipe.set_progress_bar_config(disable=True)

@@ -16,6 +16,7 @@ from flowsr.objectives import (
     generators_for,
     huber,
     logit_normal_quantile,
+    moved_off_the_grid,
     perceptual_loss,
     rmse,
     sigmas_for,
@@ -82,6 +83,17 @@ def test_colour_loss_sees_tint_and_not_texture():
     )
     theirs = downscale(levels, 4, rounded=False).transpose(2, 0, 1)
     assert np.abs(ours[0].numpy() - theirs)[:, 3:-3, 3:-3].max() < 0.01
+
+
+def test_windows_off_the_grid_have_every_phase_and_lie_alike_in_each_image():
+    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(16), indexing="ij")
+    places = torch.stack([rows, columns]).expand(64, 2, 12, 16)
+    index = torch.arange(100, 164)
+    windows, doubled = moved_off_the_grid(index, 0, places, 2 * places)
+    assert windows.shape == (64, 2, 9, 13) and torch.equal(doubled, 2 * windows)
+    assert {tuple(window[:, 0, 0].tolist()) for window in windows} == {(y, x) for y in range(4) for x in range(4)}
+    (again,) = moved_off_the_grid(index[10:11], 0, places[:1])
+    assert torch.equal(again[0], windows[10])
 
 
 def test_perceptual_loss_weighs_each_crop_by_one_minus_sigma():
