@@ -744,7 +744,7 @@ def main(arguments: list[str]) -> None:
             accelerator.print(
                 f"Stopped by a signal after step {progress.step}; go on with `--resume_from_checkpoint latest`."
             )
-            accelerator.end_training()
+            leave_together(accelerator)
             sys.exit(STOPPED)
     bar.close()
 
@@ -760,6 +760,12 @@ def main(arguments: list[str]) -> None:
         accelerator.print(f"The pipeline is in {output_dir}.")
         if settings.push_to_hub:
             publish(output_dir, settings.push_to_hub)
+    leave_together(accelerator)
+
+
+def leave_together(accelerator: Accelerator) -> None:
+    """Ends all processes at once: one that ends while the first still writes can fall over its own idle threads."""
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     it = command(degrade, "Show draws of a training degradation of a picture, enlarged, beside the original.")
     it.add_argument("input", help="picture file")
     it.add_argument("-o", "--output", default="degraded.png", help="picture file (default: degraded.png)")
-    it.add_argument("--degradation", default="real_esrgan", help="bicubic, bsrgan or real_esrgan (the default)")
+    it.add_argument("--degradation", default="real_esrgan", help="bicubic, bsrgan, photo or real_esrgan (the default)")
     it.add_argument("--scale", type=int, default=4, help="HR pixels per LR pixel (default: 4)")
     it.add_argument("--count", type=int, default=7, help="draws (default: 7)")
     it.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")

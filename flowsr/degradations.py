@@ -238,7 +238,36 @@ def bsrgan(image: torch.Tensor, scale: int, random: np.random.Generator) -> torc
     return jpeg(image, random, (30, 95))
 
 
-CHAINS = {"bsrgan": bsrgan, "real_esrgan": real_esrgan}  # beside "bicubic", which is `downscale`
+def photo(image: torch.Tensor, scale: int, random: np.random.Generator) -> torch.Tensor:
+    """Pictures of phones, cameras and the web: milder than the two above, and one in six is clean.
+
+    At most one blur, the LR by any filter, sensor noise or none, JPEG or none; one in four was then resized and saved
+    as JPEG once more, as sites do with what they are sent. Probabilities and ranges are our own.
+    """
+    height, width = (side // scale for side in image.shape[-2:])
+    if random.random() < 1 / 6:
+        return F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    x = image
+    if random.random() < 0.6:
+        x = blur(x, random_kernel(random, (0.2, 3.0), sinc=0.1)).clamp(0, 1)
+    shared_again = random.random() < 0.25
+    if shared_again:
+        x = random_resize(x, random, (0.0, 0.8, 0.2), (0.3, 1.0), base=image.shape[-2:])
+        x = jpeg(x, random, (50, 95))
+    if random.random() < 0.5:
+        x = F.interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    else:
+        x = resize(x, (height, width), random)
+    noise = random.random()
+    if noise < 0.35:
+        x = gaussian_noise(x, random, (1, 18))
+    elif noise < 0.6:
+        x = poisson_noise(x, random, (0.05, 2.0))
+    return jpeg(x, random, (30, 95)) if random.random() < 0.75 else x
+
+
+# Beside "bicubic", which is `downscale`.
+CHAINS = {"bsrgan": bsrgan, "real_esrgan": real_esrgan, "photo": photo}
 
 
 def degrade(image: np.ndarray, scale: int, chain: str, random: np.random.Generator) -> np.ndarray:
@@ -247,7 +276,7 @@ def degrade(image: np.ndarray, scale: int, chain: str, random: np.random.Generat
     Args:
         image (`np.ndarray` of shape `(h, w, c)`, uint8): RGB or grey, sides that are multiples of `scale`.
         scale (`int`): HR pixels per LR pixel.
-        chain ("bicubic", "bsrgan", "real_esrgan"): "bicubic" draws nothing.
+        chain ("bicubic", "bsrgan", "real_esrgan", "photo"): "bicubic" draws nothing.
         random (`np.random.Generator`): all that chance decides comes from here.
 
     Returns:
