@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LETTERS = np.array(list("etaoinshrdlucmfwypvbgkjqxz" * 3 + "ETAOINSHRDLUCMFWYPVBGKJQXZ" + "0123456789" * 2 + ".,:;-/%&()"))
+LOWER, UPPER = "etaoinshrdlucmfwypvbgkjqxz", "ETAOINSHRDLUCMFWYPVBGKJQXZ"
+LETTERS = np.array(list(3 * LOWER + UPPER + 2 * "0123456789" + ".,:;-/%&()"))
 
 
 def fonts() -> list[str | None]:
