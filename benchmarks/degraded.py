@@ -3,9 +3,9 @@
     python benchmarks/degraded.py SET5/HR SET14/HR --lpips_weights lpips_squeeze_v0.1.safetensors --sheet sheet.png
     python benchmarks/degraded.py SET14/HR --ncnn realesrgan-x4plus=MODELS/realesrgan-x4plus.param  (pip install ncnn)
 
-Each HR picture is damaged in seven fixed ways (a function of its name and a seed) and reduced to a quarter. Printed for
-each way: PSNR-Y in dB, LPIPS v0.1 with SqueezeNet (lower is better) and HaarPSI (higher is better), the mean over all
-pictures. An ncnn model takes RGB in [0, 1] as `data` and gives x4 as `output`, as those of Real-ESRGAN do.
+Each HR picture is damaged in seven fixed ways (a function of its name and a seed) and reduced to a quarter. Printed
+for each way: PSNR-Y in dB, LPIPS v0.1 with SqueezeNet (lower is better) and HaarPSI (higher is better), the mean over
+all pictures. An ncnn model takes RGB in [0, 1] as `data` and gives x4 as `output`, as those of Real-ESRGAN do.
 """
 
 from __future__ import annotations
