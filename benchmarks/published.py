@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from flowsr import bundled
-from flowsr.evaluate import curve, evaluate, load_pairs, plot_curve, read_others
+from flowsr.evaluation import load_pairs, measure_dial, measure_steps, plot_dial, read_others
 from flowsr.loading import load_upscaler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +64,9 @@ def main() -> None:
             pairs = load_pairs(options.data / name / "HR", options.data / name / "LRx4", pipe.scale_factor)
             others, title = read_others(ROOT / f"benchmarks/others_{name}.csv"), f"{checkpoint}, {name}"
             plot = f"curve_{checkpoint}_{name}.png"
-            results[name] = curve(pipe, pairs, lpips_weights=options.lpips_weights)
-            plot_curve(results[name], others, ROOT / "docs" / plot, title)
-            exact = evaluate(pipe, pairs, [1, 4], consistency="exact", lpips_weights=options.lpips_weights)
+            results[name] = measure_dial(pipe, pairs, lpips_weights=options.lpips_weights)
+            plot_dial(results[name], others, ROOT / "docs" / plot, title)
+            exact = measure_steps(pipe, pairs, [1, 4], consistency="exact", lpips_weights=options.lpips_weights)
             results[f"{name}, consistency exact"] = exact
             page += [
                 "",

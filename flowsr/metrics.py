@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowsr.degradations import downscale
+from flowsr.degradations import matlab_bicubic
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -66,7 +66,7 @@ def lr_psnr(sr: np.ndarray, lr: np.ndarray, scale: int) -> float:
 
     Downscaling is MATLAB's bicubic, kept in float so that its own rounding does not count.
     """
-    return psnr(downscale(sr, scale, rounded=False), lr)
+    return psnr(matlab_bicubic(sr, scale, rounded=False), lr)
 
 
 def detail(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:

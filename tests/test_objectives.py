@@ -7,18 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowsr.degradations import downscale
-from flowsr.objectives import (
-    LOSSES,
-    charbonnier,
-    colour_loss,
+from flowsr.degradations import matlab_bicubic
+from flowsr.training.distances import LOSSES, charbonnier, colour_loss, huber, perceptual_loss, rmse
+from flowsr.training.draws import (
     condition_dropped,
     generators_for,
-    huber,
     logit_normal_quantile,
     moved_off_the_grid,
-    perceptual_loss,
-    rmse,
     sigmas_for,
     timesteps_for,
     unrolling_for,
@@ -81,7 +76,7 @@ def test_colour_loss_sees_tint_and_not_texture():
     ours = F.interpolate(
         torch.from_numpy(levels.transpose(2, 0, 1)[None]).float(), size=16, mode="bicubic", antialias=True
     )
-    theirs = downscale(levels, 4, rounded=False).transpose(2, 0, 1)
+    theirs = matlab_bicubic(levels, 4, rounded=False).transpose(2, 0, 1)
     assert np.abs(ours[0].numpy() - theirs)[:, 3:-3, 3:-3].max() < 0.01
 
 
