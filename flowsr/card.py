@@ -130,15 +130,15 @@ def method(row: dict, result: dict) -> str:
 
 
 def results_table(evaluation: dict[str, dict]) -> str:
-    shown = [key for key in METRICS if any(key in row for result in evaluation.values() for row in result["rows"])]
-    titles = ["pictures", "method", *(METRICS[key][1] for key in shown)]
+    columns = [key for key in METRICS if any(key in row for result in evaluation.values() for row in result["rows"])]
+    titles = ["pictures", "method", *(METRICS[key][1] for key in columns)]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, result in evaluation.items():
         for row in result["rows"]:
-            cells = [METRICS[key][2].format(row[key]) if key in row else "" for key in shown]
+            cells = [METRICS[key][2].format(row[key]) if key in row else "" for key in columns]
             lines.append(f"| {name.split(',')[0]} | {method(row, result)} | " + " | ".join(cells) + " |")
     lines = list(dict.fromkeys(lines))  # bicubic once for each test set
-    measures = sorted({result["lpips"] for result in evaluation.values() if "lpips" in shown})
+    measures = sorted({result["lpips"] for result in evaluation.values() if "lpips" in columns})
     return "\n".join(lines) + "".join(f"\n\nLPIPS here is {measure}." for measure in measures)
 
 

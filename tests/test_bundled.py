@@ -89,9 +89,9 @@ def test_digits_are_those_asked_for():
     real = np.stack([pictures[labels == digit].mean(0) for digit in range(10)])
     pipe = flowsr.FlowMatchPipeline.from_pretrained(flowsr.bundled("digits"))
     pipe.set_progress_bar_config(disable=True)
-    asked = [digit for digit in range(10) for _ in range(5)]
+    wanted = [digit for digit in range(10) for _ in range(5)]
     how = {"num_inference_steps": 4, "solver": "heun", "guidance_scale": 2.0, "output_type": "np"}
-    drawn = pipe(class_labels=asked, generator=seeded(), **how).images.reshape(10, 5, 784).mean(1)
+    drawn = pipe(class_labels=wanted, generator=seeded(), **how).images.reshape(10, 5, 784).mean(1)
     alike = np.corrcoef(drawn, real)[:10, 10:]
     assert alike.argmax(1).tolist() == list(range(10))
     assert alike.diagonal().min() > 0.6

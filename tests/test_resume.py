@@ -10,6 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+import flowsr
 from flowsr.training import checkpoints, record
 from flowsr.training.settings import Settings, parse_settings
 
@@ -132,6 +133,23 @@ def test_what_a_config_must_not_hold(tmp_path, text, message):
         parse_settings([], tmp_path / "config.yaml")
 
 
+def test_adam_has_one_name_and_published_files_go_on_to_work(tmp_path):
+    published = Path(flowsr.__file__).with_name("weights") / "x4/encoder_part/settings.yaml"
+    assert parse_settings([], published).adam == {"betas": [0.9, 0.99], "eps": 1e-10, "weight_decay": 0.0}
+    flat = {"adam_beta2": 0.999, "adam_weight_decay": 0.1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(flat))
+    adam = {"betas": [0.9, 0.999], "eps": 1e-10, "weight_decay": 0.1}
+    assert parse_settings([], tmp_path / "config.yaml").adam == adam
+    (tmp_path / "config.yaml").write_text("adam: {betas: [0.9, 0.999], weight_decay: 1e-1}\n")
+    assert parse_settings([], tmp_path / "config.yaml").adam == adam
+    # A run goes on from a checkpoint of either form, and differences are told.
+    settings = Settings(adam=adam)
+    before = {**asdict(Settings()), **flat}
+    del before["adam"]
+    assert checkpoints.changed_settings(before, settings) == []
+    assert "`adam`" in checkpoints.changed_settings(before, Settings())[0]
+
+
 def test_a_single_folder_is_a_list_of_one(tmp_path):
     (tmp_path / "config.yaml").write_text("train_data_dir: /data/photos\nlearning_rate: 1e-4\nreport_to: null\n")
     settings = parse_settings([], tmp_path / "config.yaml")
@@ -154,7 +172,7 @@ def test_a_checkpoint_to_start_from_brings_its_own_configs():
         ({"seed": -1}, r"in \[0, 2\^32\)"),
         ({"learning_rate": 1e38}, "at most 1e30"),
         ({"learning_rate": math.nan}, "must be positive"),
-        ({"adam": {"betas": [0.9, 1.0]}}, r"two `betas` in \[0, 1\)"),
+        ({"adam": {"betas": [0.9, 1.0]}}, r"`betas` in \[0, 1\)"),
         ({"adam": {"beta": 0.9}}, r"unknown settings \['beta'\]"),
         ({"resize_to": 64, "resolution": 96}, "raise `resize_to` or lower `resolution`"),
         ({"lr_data_dir": "lr", "degradation": "bsrgan"}, "leave out `streaming`, `resize_to` and `degradation`"),

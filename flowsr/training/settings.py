@@ -24,102 +24,90 @@ CONFIGS = ("pipeline", "unet", "scheduler")  # which a checkpoint to start from 
 MAPPINGS = (*CONFIGS, "adam")  # mappings, or JSON on the command line
 
 
+def setting(default, words: str):
+    """A field of the settings: its default, and its line of `--help`."""
+    options = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**options, metadata={"help": words})
+
+
 @dataclass
 class Settings:
     """Everything that a run depends on. Flags override the `--config` file; the result is written to the output."""
 
     # Data.
-    train_data_dir: list[str] = field(default_factory=list, metadata={"help": "folders (or zips) of pictures"})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "or: DIV2K, the URL of a zip, or a data set on the Hub, column `image`"}
-    )
-    lr_data_dir: str | None = field(
-        default=None, metadata={"help": "folder of LR pictures with the names of the HR; without it they are made"}
-    )
-    streaming: bool = field(default=False, metadata={"help": "read the data from start to end, storing nothing"})
-    small_images: str = field(
-        default="refuse", metadata={"help": "smaller than a crop, or unreadable: refuse or skip"}
-    )
-    resolution: int = field(default=192, metadata={"help": "side of a training crop, HR pixels"})
-    resize_to: int | None = field(default=None, metadata={"help": "resize shorter sides to so many pixels first"})
-    center_crop: bool = field(default=False, metadata={"help": "the middle of each picture, not a random place"})
-    augmentation: str = field(default="turns", metadata={"help": "turns (8 symmetries), flip or none"})
-    degradation: str = field(default="bicubic", metadata={"help": f"bicubic, {' or '.join(CHAINS)}"})
-    overfit: bool = field(default=False, metadata={"help": "the first batch, over and over: can it be learned?"})
-    cache_gib: float = field(default=8.0, metadata={"help": "decoded pictures kept in memory per loader, GiB"})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "loader processes; 0 suits cached pictures"})
+    train_data_dir: list[str] = setting([], "folders (or zips) of pictures")
+    dataset_name: str | None = setting(None, "or: DIV2K, the URL of a zip, or a data set on the Hub, column `image`")
+    lr_data_dir: str | None = setting(None, "folder of LR pictures with the names of the HR; without it they are made")
+    streaming: bool = setting(False, "read the data from start to end, storing nothing")
+    small_images: str = setting("refuse", "smaller than a crop, or unreadable: refuse or skip")
+    resolution: int = setting(192, "side of a training crop, HR pixels")
+    resize_to: int | None = setting(None, "resize shorter sides to so many pixels first")
+    center_crop: bool = setting(False, "the middle of each picture, not a random place")
+    augmentation: str = setting("turns", "turns (8 symmetries), flip or none")
+    degradation: str = setting("bicubic", f"bicubic, {' or '.join(CHAINS)}")
+    overfit: bool = setting(False, "the first batch, over and over: can it be learned?")
+    cache_gib: float = setting(8.0, "decoded pictures kept in memory per loader, GiB")
+    dataloader_num_workers: int = setting(0, "loader processes; 0 suits cached pictures")
 
     # What is trained; JSON on the command line, a mapping in the file, `_class_name` as in diffusers' configs.
-    pipeline: str = field(default="{}", metadata={"help": "config of the pipeline, FlowMatchSRPipeline by default"})
-    unet: str = field(default="{}", metadata={"help": "config of the network, UNetSRModel by default"})
-    scheduler: str = field(default="{}", metadata={"help": "config of the scheduler of flowsr or of diffusers"})
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "start from this pipeline (its config replaces the three above)"}
+    pipeline: str = setting("{}", "config of the pipeline, FlowMatchSRPipeline by default")
+    unet: str = setting("{}", "config of the network, UNetSRModel by default")
+    scheduler: str = setting("{}", "config of the scheduler of flowsr or of diffusers")
+    pretrained_model_name_or_path: str | None = setting(
+        None, "start from this pipeline (its config replaces the three above)"
     )
-    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank only (PEFT), merged at the end"})
-    train: str = field(default="all", metadata={"help": "all of the network; or its encoder or head alone"})
+    lora_rank: int = setting(0, "train adapters of this rank only (PEFT), merged at the end")
+    train: str = setting("all", "all of the network; or its encoder or head alone")
 
     # Objective.
-    loss: str = field(default="l1", metadata={"help": f"distance of predictions: {', '.join(LOSSES)}"})
-    endpoint_loss: str | None = field(
-        default=None, metadata={"help": "another distance for a flow's crops at sigma = 1, such as rmse"}
+    loss: str = setting("l1", f"distance of predictions: {', '.join(LOSSES)}")
+    endpoint_loss: str | None = setting(None, "another distance for a flow's crops at sigma = 1, such as rmse")
+    frequency_weight: float = setting(0.0, "of the Fourier coefficients' L1, for `train: encoder`; 0: none")
+    teacher: str | None = setting(
+        None,
+        "for `train: encoder`: dat_light, a checkpoint that spandrel reads, a folder of ready pictures with the names "
+        "of the training pictures, or a model as of `prior`",
     )
-    frequency_weight: float = field(
-        default=0.0, metadata={"help": "of the Fourier coefficients' L1, for `train: encoder`; 0: none"}
+    teacher_weight: float = setting(1.0, "the target is so much teacher, the rest HR")
+    teacher_cache: str = setting("runs/teacher", "where a teacher's answers are kept")
+    colour_weight: float = setting(0.0, "of the LR's colours in the image estimate; 0: none")
+    perceptual_weight: float = setting(0.0, "of (1 - sigma) LPIPS of the image estimate; 0: none")
+    lpips_weights: str | None = setting(
+        None, "safetensors of LPIPS v0.1 with SqueezeNet: for `perceptual_weight`, and for validation"
     )
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "for `train: encoder`: dat_light, a checkpoint that spandrel reads, a folder of ready pictures "
-            "with the names of the training pictures, or a model as of `prior`"
-        },
+    unroll_weight: float = setting(
+        0.0, "for `train: head`: of L1 at states of the sampler itself, where LPIPS is then taken too"
     )
-    teacher_weight: float = field(default=1.0, metadata={"help": "the target is so much teacher, the rest HR"})
-    teacher_cache: str = field(default="runs/teacher", metadata={"help": "where a teacher's answers are kept"})
-    colour_weight: float = field(default=0.0, metadata={"help": "of the LR's colours in the image estimate; 0: none"})
-    perceptual_weight: float = field(
-        default=0.0, metadata={"help": "of (1 - sigma) LPIPS of the image estimate; 0: none"}
-    )
-    lpips_weights: str | None = field(
-        default=None,
-        metadata={"help": "safetensors of LPIPS v0.1 with SqueezeNet: for `perceptual_weight`, and for validation"},
-    )
-    unroll_weight: float = field(
-        default=0.0,
-        metadata={"help": "for `train: head`: of L1 at states of the sampler itself, where LPIPS is then taken too"},
-    )
-    timestep_law: str = field(default="stratified", metadata={"help": f"of the times: {', '.join(LAWS)}"})
-    sigma_atom: float = field(default=0.4, metadata={"help": "share of a flow's crops at sigma = 1, the one step"})
+    timestep_law: str = setting("stratified", f"of the times: {', '.join(LAWS)}")
+    sigma_atom: float = setting(0.4, "share of a flow's crops at sigma = 1, the one step")
 
     # Optimisation. Steps are optimiser steps.
-    max_train_steps: int = field(default=20000, metadata={"help": "optimiser steps at most"})
-    num_train_epochs: float | None = field(default=None, metadata={"help": "passes over the pictures at most"})
-    train_batch_size: int = field(default=8, metadata={"help": "crops per process and micro-batch"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches per optimiser step"})
-    optimizer: str = field(default="adamw", metadata={"help": f"{', '.join(OPTIMIZERS)} (bitsandbytes' 8 bits)"})
-    learning_rate: float = field(default=8e-4, metadata={"help": "peak, after the warm-up"})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "any name of diffusers.optimization"})
-    lr_warmup_steps: int = field(default=300, metadata={"help": "optimiser steps"})
-    adam: str = field(default="{}", metadata={"help": f"AdamW's own, of {json.dumps(ADAM)}; JSON or a mapping"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(default=0.999, metadata={"help": "of the weights, per optimiser step"})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16, fp16 (GPU only) or auto"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
-    seed: int = field(default=0, metadata={"help": "of weights, crops, times and noise"})
+    max_train_steps: int = setting(20000, "optimiser steps at most")
+    num_train_epochs: float | None = setting(None, "passes over the pictures at most")
+    train_batch_size: int = setting(8, "crops per process and micro-batch")
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimiser step")
+    optimizer: str = setting("adamw", f"{', '.join(OPTIMIZERS)} (bitsandbytes' 8 bits)")
+    learning_rate: float = setting(8e-4, "peak, after the warm-up")
+    lr_scheduler: str = setting("cosine", "any name of diffusers.optimization")
+    lr_warmup_steps: int = setting(300, "optimiser steps")
+    adam: str = setting("{}", f"AdamW's own settings, JSON; by default {json.dumps(ADAM)}")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    ema_decay: float = setting(0.999, "of the weights, per optimiser step")
+    mixed_precision: str = setting("no", "no, bf16, fp16 (GPU only) or auto")
+    gradient_checkpointing: bool = setting(False, "less memory, a third more time")
+    seed: int = setting(0, "of weights, crops, times and noise")
 
     # Output.
-    output_dir: str = field(default="runs/x4", metadata={"help": "where everything is written"})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "optimiser steps between checkpoints"})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints kept, beside the best pipeline"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder, or latest"})
-    validation_steps: int = field(default=1000, metadata={"help": "optimiser steps between validations"})
-    validation_inference_steps: list[int] = field(
-        default_factory=lambda: [1, 4], metadata={"help": "steps of the pipeline; the first decides what is best"}
-    )
-    num_validation_images: int = field(default=4, metadata={"help": "pictures held out of the training data"})
-    logging_steps: int = field(default=50, metadata={"help": "optimiser steps between lines of metrics.jsonl"})
-    report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "USER/NAME that the finished pipeline goes to"})
+    output_dir: str = setting("runs/x4", "where everything is written")
+    checkpointing_steps: int = setting(1000, "optimiser steps between checkpoints")
+    checkpoints_total_limit: int = setting(2, "checkpoints kept, beside the best pipeline")
+    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder, or latest")
+    validation_steps: int = setting(1000, "optimiser steps between validations")
+    validation_inference_steps: list[int] = setting([1, 4], "steps of the pipeline; the first decides what is best")
+    num_validation_images: int = setting(4, "pictures held out of the training data")
+    logging_steps: int = setting(50, "optimiser steps between lines of metrics.jsonl")
+    report_to: str | None = setting(None, "tensorboard, wandb, ...")
+    push_to_hub: str | None = setting(None, "USER/NAME that the finished pipeline goes to")
 
     def __post_init__(self):
         for name in MAPPINGS:
@@ -128,10 +116,18 @@ class Settings:
                 value = json.loads(value) if isinstance(value, str) else value
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{name}` is not JSON: {value!r} ({error}).") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"`{name}` must be a mapping, such as {{}}, got {value!r}.")
             setattr(self, name, value)
-        if unknown := sorted(set(self.adam) - set(ADAM)):
-            raise ValueError(f"`adam` has unknown settings {unknown}; AdamW's are {list(ADAM)}.")
-        self.adam = {**ADAM, **self.adam}
+        self.adam = whole_adam(self.adam)
+        if self.mixed_precision == "auto":
+            self.mixed_precision = "bf16" if has_fast_bf16() else "no"
+        self.check_each()
+        self.check_together()
+        self.check_machine()
+
+    def check_each(self) -> None:
+        """Raises a ValueError for a value out of its range."""
         positive = (
             "resolution max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
             "checkpoints_total_limit validation_steps logging_steps learning_rate max_grad_norm resize_to "
@@ -156,7 +152,7 @@ class Settings:
             "small_images": ("refuse", "skip"),
             "optimizer": OPTIMIZERS,
             "train": ("all", "encoder", "head"),
-            "mixed_precision": ("no", "bf16", "fp16", "auto"),
+            "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -166,15 +162,17 @@ class Settings:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        betas = self.adam["betas"]
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or not self.adam["weight_decay"] >= 0:
-            raise ValueError(f"`adam` takes two `betas` in [0, 1) and a `weight_decay` from 0, got {self.adam}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` must lie in [0, 2^32), got {self.seed}.")
         if not self.learning_rate <= 1e30:
             raise ValueError(
                 f"`learning_rate` must be at most 1e30, where float32 overflows, got {self.learning_rate}."
             )
+        if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
+            raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
+
+    def check_together(self) -> None:
+        """Raises a ValueError for settings that contradict each other."""
         if self.lr_data_dir and (self.streaming or self.resize_to or self.degradation != "bicubic"):
             raise ValueError(
                 "`lr_data_dir` gives the LR of whole pictures: leave out `streaming`, `resize_to` and `degradation`."
@@ -184,25 +182,26 @@ class Settings:
                 f"`resize_to` makes the shorter sides {self.resize_to} pixels long, but a crop has {self.resolution}: "
                 "raise `resize_to` or lower `resolution`."
             )
+        if self.streaming and self.overfit:
+            raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
+        if self.streaming and self.num_train_epochs is not None:
+            raise ValueError("The length of a stream is not known: give `max_train_steps`, not `num_train_epochs`.")
         if (self.teacher or self.frequency_weight) and self.train != "encoder":
             raise ValueError(
                 "`teacher` and `frequency_weight` are for the posterior mean: set `train: encoder`, got "
                 f"{self.train!r}."
             )
-        if self.unroll_weight and self.train != "head":
-            raise ValueError(f"`unroll_weight` is for the head: set `train: head`, got {self.train!r}.")
-        if self.streaming and self.num_train_epochs is not None:
-            raise ValueError("The length of a stream is not known: give `max_train_steps`, not `num_train_epochs`.")
         if self.teacher and (self.degradation != "bicubic" or self.streaming):
             raise ValueError("`teacher` answers to whole pictures: set `degradation: bicubic`, `streaming: false`.")
-        if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
-            raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
-        if self.mixed_precision == "auto":
-            self.mixed_precision = "bf16" if has_fast_bf16() else "no"
-        if self.mixed_precision == "fp16" and not has_gpu():
-            raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU use bf16.")
+        if self.unroll_weight and self.train != "head":
+            raise ValueError(f"`unroll_weight` is for the head: set `train: head`, got {self.train!r}.")
         if self.perceptual_weight and not self.lpips_weights:
             raise ValueError("`perceptual_weight` needs `lpips_weights`, a safetensors file; or set it to 0.")
+
+    def check_machine(self) -> None:
+        """Raises a ValueError for what this machine does not have."""
+        if self.mixed_precision == "fp16" and not has_gpu():
+            raise ValueError("`mixed_precision=fp16` needs a GPU; on a CPU use bf16.")
         if self.report_to not in (None, "all", *map(str, get_available_trackers())):
             raise ValueError(
                 f"`report_to: {self.report_to}` needs the package: pip install {self.report_to}; or leave it out."
@@ -282,15 +281,33 @@ def read_config(file: Path) -> dict:
     return chosen
 
 
+def whole_adam(given: dict) -> dict:
+    """AdamW's settings, in their types, with the defaults of those that are not given.
+
+    Raises:
+        ValueError: for unknown ones, and values out of range.
+    """
+    if unknown := sorted(set(given) - set(ADAM)):
+        raise ValueError(f"`adam` has unknown settings {unknown}; AdamW's are {list(ADAM)}.")
+    adam = {**ADAM, **given}
+    try:
+        first, second = map(float, adam["betas"])
+        eps, weight_decay = float(adam["eps"]), float(adam["weight_decay"])
+    except (TypeError, ValueError):
+        raise ValueError(f"`adam` takes two numbers as `betas`, and one for each other, got {given}.") from None
+    if not (0 <= first < 1 and 0 <= second < 1 and eps >= 0 and weight_decay >= 0):
+        raise ValueError(f"`adam` takes `betas` in [0, 1), `eps` and `weight_decay` from 0, got {given}.")
+    return {"betas": [first, second], "eps": eps, "weight_decay": weight_decay}
+
+
 def with_adam(settings: dict) -> dict:
     """Settings with `adam`, also where a file has `adam_beta1`, `adam_beta2` and `adam_weight_decay`."""
     flat = {name: settings[name] for name in ("adam_beta1", "adam_beta2", "adam_weight_decay") if name in settings}
     if not flat or "adam" in settings:
         return settings
-    beta1, beta2 = ADAM["betas"]
-    adam = {"betas": [flat.get("adam_beta1", beta1), flat.get("adam_beta2", beta2)]}
+    adam = {"betas": [flat.get(f"adam_beta{n + 1}", beta) for n, beta in enumerate(ADAM["betas"])]}
     adam["weight_decay"] = flat.get("adam_weight_decay", ADAM["weight_decay"])
-    return {name: value for name, value in settings.items() if name not in flat} | {"adam": {**ADAM, **adam}}
+    return {name: value for name, value in settings.items() if name not in flat} | {"adam": whole_adam(adam)}
 
 
 def as_type(value, wanted: type):
@@ -330,8 +347,6 @@ def check_pipeline(settings: Settings, pipe: DiffusionPipeline) -> None:
         raise ValueError(f"`lr_data_dir` is for networks that upscale, not for {name}.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):
         raise ValueError(f"`perceptual_weight` and `colour_weight` are for flows that upscale, not for {name}.")
-    if settings.overfit and settings.streaming:
-        raise ValueError("`overfit` repeats the first batch and needs pictures by number: leave out `streaming`.")
     multiple = math.lcm(pipe.unet.size_multiple, pipe.scale_factor if upscales else 1)
     if settings.resolution % multiple:
         raise ValueError(f"`resolution` must be a multiple of {multiple} here, got {settings.resolution}.")
