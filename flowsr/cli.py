@@ -439,7 +439,7 @@ def evaluate(options: argparse.Namespace) -> int:
     else:
         result = measure_steps(pipe, pairs, options.steps, options.fidelity, **how)
     print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
-    print(markdown_table(result))
+    print(markdown_table(result["rows"]))
     if options.json:
         partial = Path(f"{options.json}.partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")

@@ -14,6 +14,16 @@ import torch
 
 from flowsr.degradations import matlab_bicubic
 
+COLUMNS = {  # of tables, in this order: key in results, title, format
+    "psnr_y": ("PSNR-Y", "{:.2f}"),
+    "ssim_y": ("SSIM-Y", "{:.3f}"),
+    "lpips": ("LPIPS", "{:.3f}"),
+    "haarpsi": ("HaarPSI", "{:.3f}"),
+    "detail": ("detail", "{:.2f}"),
+    "lr_psnr": ("LR-PSNR", "{:.1f}"),
+    "seconds_per_megapixel": ("s / MP", "{:.2f}"),
+}
+
 
 def luma(image: np.ndarray) -> np.ndarray:
     """Y of BT.601 in [16, 235], not rounded, as MATLAB's `rgb2ycbcr` on doubles: `(h, w, 3)` uint8 -> `(h, w)`."""

@@ -154,7 +154,7 @@ def test_evaluation_of_a_folder(tmp_path):
         assert np.array_equal(a.lr, b.lr)
     result = measure_steps(make_pipeline(), made, steps=[1, 2], consistency="exact")
     assert [row["method"] for row in result["rows"]] == ["bicubic", "flowsr, 1 step", "flowsr, 2 steps"]
-    table = markdown_table(result).splitlines()
+    table = markdown_table(result["rows"]).splitlines()
     assert len(table) == 5
     assert f"{result['rows'][1]['psnr_y']:.2f}" in table[3]
     assert result["rows"][1]["psnr_y"] == pytest.approx(np.mean([i["psnr_y"] for i in result["rows"][1]["images"]]))

@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 
 from flowsr.evaluation.pairs import Pair
-from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, psnr_y, ssim_y
+from flowsr.metrics import COLUMNS, detail, haarpsi, load_lpips, lr_psnr, psnr_y, ssim_y
 from flowsr.upscaler import call_options
 
 METRICS: dict[str, Callable[[np.ndarray, Pair, int], float]] = {  # of a result, its pair and the scale
@@ -126,23 +126,11 @@ def measure_positions(
     }
 
 
-def markdown_table(result: dict) -> str:
-    """The rows of [`measure_steps`] or [`measure_dial`] as a Markdown table."""
-    columns = {
-        "psnr_y": ("PSNR-Y", "{:.2f}"),
-        "ssim_y": ("SSIM-Y", "{:.3f}"),
-        "lpips": ("LPIPS", "{:.3f}"),
-        "haarpsi": ("HaarPSI", "{:.3f}"),
-        "detail": ("detail", "{:.2f}"),
-        "lr_psnr": ("LR-PSNR", "{:.1f}"),
-        "seconds_per_megapixel": ("s / MP", "{:.2f}"),
-    }
-    columns = {key: value for key, value in columns.items() if key in result["rows"][0]}
-    lines = [
-        "| method | " + " | ".join(title for title, _ in columns.values()) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for row in result["rows"]:
-        cells = [form.format(row[key]) for key, (_, form) in columns.items()]
-        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+def markdown_table(rows: list[dict], title: str = "method") -> str:
+    """Rows of [`measure_steps`] or [`measure_dial`] as a Markdown table; what a row has no number of stays empty."""
+    columns = [key for key in COLUMNS if any(key in row for row in rows)]
+    lines = [f"| {' | '.join([title, *(COLUMNS[key][0] for key in columns)])} |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = [COLUMNS[key][1].format(row[key]) if key in row else "" for key in columns]
+        lines.append(f"| {' | '.join([row['method'], *cells])} |")
     return "\n".join(lines)
