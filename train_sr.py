@@ -212,6 +212,7 @@ def main(arguments: list[str]) -> None:
         if progress.step % settings.logging_steps == 0 or saves or validates:
             mean, norm, largest = looked_at(accelerator, losses, norms, trainable(unet))
             if not math.isfinite(mean + norm + largest):
+                bar.close()
                 raise FloatingPointError(
                     f"The loss is {mean} at step {progress.step}, the norm of the gradient {norm}, the largest weight "
                     f"{largest}. The last checkpoint is untouched; lower `learning_rate` or use bf16, and go on with "

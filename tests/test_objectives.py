@@ -166,13 +166,16 @@ def test_colour_loss_sees_tint_and_not_texture():
     assert np.abs(ours[0].numpy() - theirs)[:, 3:-3, 3:-3].max() < 0.01
 
 
-def test_windows_off_the_grid_have_every_phase_and_lie_alike_in_each_image():
-    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(16), indexing="ij")
-    places = torch.stack([rows, columns]).expand(64, 2, 12, 16)
-    index = torch.arange(100, 164)
+def test_windows_of_every_phase_and_symmetry_are_the_same_in_all_images():
+    y, x = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+    places = torch.stack([y, x]).expand(512, 2, 12, 12)
+    index = torch.arange(100, 612)
     windows, doubled = moved_off_the_grid(index, 0, places, 2 * places)
-    assert windows.shape == (64, 2, 9, 13) and torch.equal(doubled, 2 * windows)
-    assert {tuple(window[:, 0, 0].tolist()) for window in windows} == {(y, x) for y in range(4) for x in range(4)}
+    assert windows.shape == (512, 2, 9, 9) and torch.equal(doubled, 2 * windows)
+    assert {tuple(window.amin((1, 2)).tolist()) for window in windows} == {(y, x) for y in range(4) for x in range(4)}
+    # A symmetry is known by where it sends the two axes: the steps in y and x along the rows and along the columns.
+    steps = {(*(w[:, 1, 0] - w[:, 0, 0]).tolist(), *(w[:, 0, 1] - w[:, 0, 0]).tolist()) for w in windows}
+    assert len(steps) == 8
     (again,) = moved_off_the_grid(index[10:11], 0, places[:1])
     assert torch.equal(again[0], windows[10])
 

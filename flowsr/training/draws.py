@@ -84,23 +84,27 @@ def unrolling_for(index: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 def moved_off_the_grid(index: torch.Tensor, seed: int, *images: torch.Tensor, period: int = 4) -> list[torch.Tensor]:
-    """Windows of crops that begin at pixels of every phase, the same in each of `images`.
+    """Windows of crops that begin at pixels of every phase and are turned and mirrored, the same in each of `images`.
 
-    Crops begin on the grid of the LR, and the strides of a perceptual network have its period: what the network does
-    not see lies at the same pixels in each crop, and the head would fill these with a mesh.
+    Crops begin on the grid of the LR, and the strides of a perceptual network have its period; its filters also see
+    lines of one direction less well than those of another. What it does not see would lie at the same pixels and in
+    the same direction in each crop, and the head would fill these with a mesh.
 
     Args:
         index (`torch.Tensor` of shape `(batch,)`): numbers of the crops, which decide with `seed`.
-        *images (`torch.Tensor` of shape `(batch, c, H, W)`).
-        period (`int`): pixels; windows are `(H - period + 1, W - period + 1)`.
+        *images (`torch.Tensor` of shape `(batch, c, H, H)`).
+        period (`int`): pixels; windows are `(H - period + 1, H - period + 1)`.
     """
     phase = (kronecker(index, seed + 4, GOLDEN_RATIO) * period**2).long().tolist()
-    height, width = (side - period + 1 for side in images[0].shape[-2:])
-    places = [(number // period, number % period) for number in phase]
-    return [
-        torch.stack([x[:, top : top + height, left : left + width] for x, (top, left) in zip(batch, places)])
-        for batch in images
-    ]
+    symmetry = (kronecker(index, seed + 5, SILVER_RATIO) * 8).long().tolist()
+    side = images[0].shape[-1] - period + 1
+
+    def window(x: torch.Tensor, phase: int, symmetry: int) -> torch.Tensor:
+        top, left = divmod(phase, period)
+        x = torch.rot90(x[:, top : top + side, left : left + side], symmetry % 4, (1, 2))
+        return x.flip(2) if symmetry >= 4 else x
+
+    return [torch.stack([window(*each) for each in zip(batch, phase, symmetry)]) for batch in images]
 
 
 def condition_dropped(index: torch.Tensor, seed: int, share: float) -> torch.Tensor:

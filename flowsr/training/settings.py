@@ -164,9 +164,10 @@ class Settings:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` must lie in [0, 2^32), got {self.seed}.")
-        if not self.learning_rate <= 1e30:
+        largest = min(1e30, torch.finfo(torch.float32).max * (1 - self.adam["betas"][0]))  # AdamW's first step
+        if not self.learning_rate <= largest:
             raise ValueError(
-                f"`learning_rate` must be at most 1e30, where float32 overflows, got {self.learning_rate}."
+                f"`learning_rate` must be at most {largest:.1e}, where float32 overflows, got {self.learning_rate}."
             )
         if not self.validation_inference_steps or min(self.validation_inference_steps) < 1:
             raise ValueError(f"`validation_inference_steps` must be positive, got {self.validation_inference_steps}.")
