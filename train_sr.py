@@ -41,7 +41,7 @@ from flowsr.training.interruptions import STOPPED, Interruption, leave_signals_t
 from flowsr.training.objectives import Diffusion, FlowMatching, PosteriorMean
 from flowsr.training.optimizers import apply_rate, make_optimizer
 from flowsr.training.pictures import check_classes, load_images, with_lr
-from flowsr.training.record import Stopwatch, log, looked_at, versions
+from flowsr.training.record import Stopwatch, log, summary, versions
 from flowsr.training.settings import check_pipeline, parse_settings
 from flowsr.training.strategies import STRICT_ABOUT_LAYOUT, fit_strategy, leave_together
 from flowsr.training.teacher import answer_all, teacher_from
@@ -206,11 +206,11 @@ def main(arguments: list[str]) -> None:
         bar.update()
 
         # Log, and look at all that is about to be kept.
-        stopped, last = interruption.asked_after_step(), progress.step == total_steps
+        stopped, last = interruption.agreed(), progress.step == total_steps
         saves = progress.step % settings.checkpointing_steps == 0 or last or stopped
         validates = (progress.step % settings.validation_steps == 0 or last) and not stopped
         if progress.step % settings.logging_steps == 0 or saves or validates:
-            mean, norm, largest = looked_at(accelerator, losses, norms, trainable(unet))
+            mean, norm, largest = summary(accelerator, losses, norms, trainable(unet))
             if not math.isfinite(mean + norm + largest):
                 bar.close()
                 raise FloatingPointError(

@@ -108,7 +108,7 @@ def test_a_resumed_run_has_the_rate_betas_and_decay_of_its_settings(run, tmp_pat
 def test_what_is_not_finite_is_seen_before_it_is_saved(wrong):
     values = {"loss": 0.1, "norm": 2.0, "weights": 3.0, wrong: math.inf}
     weights = [torch.tensor([-values["weights"], 1.0], requires_grad=True), torch.zeros(3)]
-    found = record.looked_at(
+    found = record.summary(
         Accelerator(cpu=True), [torch.tensor(values["loss"])], [torch.tensor(values["norm"])], weights
     )
     assert found == pytest.approx(tuple(values.values()))

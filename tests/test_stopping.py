@@ -16,7 +16,7 @@ def last_step(rank: int, place: str, signalled_in: int | None, answers) -> None:
     for step in range(1, 20):
         if step == signalled_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        if interruption.asked_after_step():
+        if interruption.agreed():
             break
     answers.put(step)
     dist.barrier()
@@ -41,9 +41,9 @@ def test_a_process_alone_stops_after_the_step_of_the_signal(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         interruption = Interruption()
-        assert not interruption.asked_after_step()
+        assert not interruption.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.asked_after_step()
+        assert interruption.agreed()
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
             signal.signal(number, handler)

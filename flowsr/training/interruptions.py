@@ -25,8 +25,8 @@ class Interruption:
         for number in SIGNALS:  # a handler can interrupt itself, so it takes no lock
             signal.signal(number, lambda received, _: self.received.append(received))
 
-    def asked_after_step(self) -> bool:
-        """To be called by all processes after each optimiser step; they get the same answer."""
+    def agreed(self) -> bool:
+        """Whether to stop now; to be called by all processes after each optimiser step."""
         if self.group is None:
             return bool(self.received)
         before = self.sent

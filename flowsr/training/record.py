@@ -54,7 +54,7 @@ class Stopwatch:
         return seconds
 
 
-def looked_at(
+def summary(
     accelerator: Accelerator, losses: list[torch.Tensor], norms: list[torch.Tensor | float | None], weights: list
 ) -> tuple[float, float, float]:
     """Mean loss and mean gradient norm since the last look, over all processes, and the largest weight now.
