@@ -416,7 +416,8 @@ def test_every_config_makes_its_pipeline(path):
     made = settings
     if settings.train == "head":  # on the encoder of another run
         made = parse_settings([], path.with_name("x4_encoder.yaml"))
-    check_pipeline(settings, pipeline_from(made.pipeline, made.unet, made.scheduler))
+    pipe = pipeline_from(made.pipeline, made.unet, made.scheduler, made.pretrained_model_name_or_path)
+    check_pipeline(settings, pipe)
 
 
 def test_pictures_on_the_command_line_replace_those_of_the_config(tmp_path):
