@@ -32,7 +32,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["flowsr", "flowsr.models", "flowsr.schedulers", "flowsr.pipelines", "flowsr.examples"],
+    packages=[
+        "flowsr",
+        "flowsr.evaluation",
+        "flowsr.training",
+        "flowsr.models",
+        "flowsr.schedulers",
+        "flowsr.pipelines",
+        "flowsr.examples",
+    ],
     package_dir={
         "flowsr": "flowsr",
         "flowsr.models": "models",

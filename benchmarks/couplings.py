@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowsr.data import load_images
-from flowsr.degradations import downscale
+from flowsr.degradations import matlab_bicubic
+from flowsr.evaluation import Pair, coupling_row, grid, upscale_pair
 from flowsr.loading import load
 from flowsr.metrics import load_lpips, psnr_y
-from flowsr.validation import Pair, coupling_grid
+from flowsr.training.pictures import load_images
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     pipes = {place: load(place) for place in options.checkpoints}
     scale = next(iter(pipes.values())).scale_factor
     hr = [np.asarray(image.convert("RGB")) for image in images["image"]]
-    pairs = [Pair(picture, downscale(picture, scale), label) for picture, label in zip(hr, images["label"])]
+    pairs = [Pair(picture, matlab_bicubic(picture, scale), label=label) for picture, label in zip(hr, images["label"])]
 
     def row(name: str, evaluations: int | str, pictures: list[np.ndarray]) -> None:
         cells = [np.mean([psnr_y(a, b, scale) for a, b in zip(pictures, hr)])]
@@ -64,9 +64,9 @@ def main() -> None:
         adaptive = upscaled(pipe, solver="dopri5", rtol=options.tolerance, atol=options.tolerance)
         row(f"{place}, dopri5", pipe.num_evaluations, adaptive)
     if options.grid:
-        Image.fromarray(coupling_grid(pipes[options.checkpoints[0]], pairs[:: -(-len(pairs) // 10)], 8)).save(
-            options.grid
-        )
+        pipe, few = pipes[options.checkpoints[0]], pairs[:: -(-len(pairs) // 10)]
+        rows = [coupling_row(pipe, pair, upscale_pair(pipe, pair, 8, seed), seed) for seed, pair in enumerate(few)]
+        Image.fromarray(grid(rows)).save(options.grid)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,21 @@ time, and once they are kept in memory.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from flowsr.components import pipeline_from
+from flowsr.training.crops import CropDataset, Cropping, as_images
+from flowsr.training.objectives import PosteriorMean
+from flowsr.training.optimizers import make_optimizer
+from flowsr.training.pictures import load_images
+from flowsr.training.settings import parse_settings
+from flowsr.training.trainable import train_part
 
-import train_sr  # noqa: E402
-from flowsr.components import pipeline_from  # noqa: E402
-from flowsr.data import CropDataset, Cropping, as_images, load_images  # noqa: E402
-from flowsr.optimizers import make_optimizer  # noqa: E402
+CONFIG = Path(__file__).resolve().parents[1] / "configs/x4_encoder.yaml"
 
 
 def main() -> None:
@@ -28,10 +30,11 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=10, help="training steps measured (default: 10)")
     options = options.parse_args()
     torch.set_flush_denormal(True)
-    settings = train_sr.parse_settings([])
-    unet = pipeline_from(settings.pipeline, settings.unet, settings.scheduler).unet
-    unet.to(memory_format=torch.channels_last).head.requires_grad_(False)
-    optimizer = make_optimizer("muon", unet, 1e-5, (0.9, 0.99), 0.0)
+    settings = parse_settings([], CONFIG)
+    pipe = pipeline_from(settings.pipeline, settings.unet, settings.scheduler)
+    unet, objective = pipe.unet.to(memory_format=torch.channels_last), PosteriorMean(pipe, settings)
+    train_part(unet, settings.train)
+    optimizer = make_optimizer(settings.optimizer, unet, 1e-5)
     images = load_images(options.photos, None)
     batch, steps = settings.train_batch_size, options.steps
     crops = CropDataset(
@@ -41,8 +44,9 @@ def main() -> None:
 
     def train_step(batch: dict) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
-            mean = unet(None, None, batch["lr"]).sample
-        (mean - batch["hr"]).abs().mean().backward()
+            example = objective.example(batch)
+            prediction = unet(example.x_t, example.timestep, **example.conditions).sample
+        objective.loss(prediction, example).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from flowsr.data import load_images
+from flowsr.evaluation import generated_grid
 from flowsr.loading import load
-from flowsr.validation import generated_grid
+from flowsr.training.pictures import load_images
 
 
 class Classifier(nn.Sequential):

@@ -17,9 +17,10 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from flowsr.conversion import convert
-from flowsr.data import CropDataset, Cropping, as_images, load_images
+from flowsr.evaluation import generated_grid
 from flowsr.lpips import SqueezeLPIPS
-from flowsr.validation import generated_grid
+from flowsr.training.crops import CropDataset, Cropping, as_images
+from flowsr.training.pictures import load_images
 
 
 class Features(nn.Module):

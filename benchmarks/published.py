@@ -11,15 +11,11 @@ import json
 from pathlib import Path
 
 from flowsr import bundled
-from flowsr.evaluate import curve, evaluate, load_pairs, plot_curve, read_others
+from flowsr.evaluation import load_pairs, markdown_table, measure_dial, measure_steps, plot_dial, read_others
 from flowsr.loading import load_upscaler
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("Set5", "Set14")
-COLUMNS = {
-    "psnr_y": "{:.2f}", "ssim_y": "{:.3f}", "lpips": "{:.3f}", "haarpsi": "{:.3f}", "detail": "{:.2f}",
-    "lr_psnr": "{:.1f}", "seconds_per_megapixel": "{:.2f}",
-}  # fmt: skip
 
 
 INTRODUCTION = """# Numbers of the bundled x4 network
@@ -38,18 +34,6 @@ The rows of other systems were measured on the same files with the same PSNR and
 `others_Set14.csv`). In the plots, grey lines are the straight blends of any two of them."""
 
 
-def table(result: dict, others: list[dict]) -> list[str]:
-    """The rows of a curve, then other systems, as lines of Markdown."""
-    lines = ["| | PSNR-Y | SSIM-Y | LPIPS | HaarPSI | detail | LR-PSNR | s / MP |", "|---" * 8 + "|"]
-    for row in result["rows"]:
-        cells = [form.format(row[name]) for name, form in COLUMNS.items()]
-        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
-    for other in others:
-        if other["system"] != "bicubic":
-            lines.append(f"| {other['system']} | {other['psnr_y']:.2f} | | {other['lpips']:.3f} | | | | |")
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path, help="folder of Set5 and Set14")
@@ -64,19 +48,14 @@ def main() -> None:
             pairs = load_pairs(options.data / name / "HR", options.data / name / "LRx4", pipe.scale_factor)
             others, title = read_others(ROOT / f"benchmarks/others_{name}.csv"), f"{checkpoint}, {name}"
             plot = f"curve_{checkpoint}_{name}.png"
-            results[name] = curve(pipe, pairs, lpips_weights=options.lpips_weights)
-            plot_curve(results[name], others, ROOT / "docs" / plot, title)
-            exact = evaluate(pipe, pairs, [1, 4], consistency="exact", lpips_weights=options.lpips_weights)
+            results[name] = measure_dial(pipe, pairs, lpips_weights=options.lpips_weights)
+            plot_dial(results[name], others, ROOT / "docs" / plot, title)
+            exact = measure_steps(pipe, pairs, [1, 4], consistency="exact", lpips_weights=options.lpips_weights)
             results[f"{name}, consistency exact"] = exact
-            page += [
-                "",
-                f"## {title}",
-                "",
-                f"![the dial beside other systems]({plot})",
-                "",
-                *table(results[name], others),
-            ]
-            page += ["", 'With `consistency="exact"`:', "", *table({"rows": exact["rows"][1:]}, [])]
+            beside = [{**other, "method": other["system"]} for other in others if other["system"] != "bicubic"]
+            page += ["", f"## {title}", "", f"![the dial beside other systems]({plot})", ""]
+            page += [markdown_table([*results[name]["rows"], *beside], title="")]
+            page += ["", 'With `consistency="exact"`:', "", markdown_table(exact["rows"][1:], title="")]
         (Path(bundled(checkpoint)) / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     (ROOT / "docs/numbers.md").write_text("\n".join(page) + "\n")
     print("\n".join(page))

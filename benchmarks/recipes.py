@@ -20,9 +20,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flowsr import checkpoints  # noqa: E402
 from flowsr.conversion import convert  # noqa: E402
-from flowsr.evaluate import evaluate, load_pairs  # noqa: E402
+from flowsr.evaluation import load_pairs, measure_steps  # noqa: E402
+from flowsr.training import checkpoints  # noqa: E402
 
 RECIPES = {"original": ("seed_flow_x4", [8]), "flowsr": ("flow_unet_x4", [1, 4])}  # config, numbers of steps measured
 
@@ -38,9 +38,9 @@ def train(name: str, output: Path, minutes: float, **settings) -> dict:
     output.mkdir(parents=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config))
     metrics = output / "metrics.jsonl"
-    with open(output / "output.txt", "w") as told:
+    with open(output / "output.txt", "w") as printed:
         call = [sys.executable, str(ROOT / "train_sr.py"), "--config", str(output / "config.yaml")]
-        process = subprocess.Popen(call, stdout=told, stderr=told)
+        process = subprocess.Popen(call, stdout=printed, stderr=printed)
         while process.poll() is None and not (metrics.is_file() and '"loss"' in metrics.read_text()):
             time.sleep(0.2)
         time.sleep(60 * minutes)
@@ -69,7 +69,7 @@ def main() -> None:
             )
             pipe = convert(checkpoints.found_in(output)[-1])
             size = sum(parameter.numel() for parameter in pipe.unet.parameters())
-            rows = evaluate(pipe, load_pairs(options.hr, options.lr, pipe.scale_factor), steps)["rows"]
+            rows = measure_steps(pipe, load_pairs(options.hr, options.lr, pipe.scale_factor), steps)["rows"]
             for count, row in zip(steps, rows[1:]):
                 print(
                     f"| {title} | {size:,} | {last['images']:,} | {last['images'] / (60 * options.minutes):.1f} "

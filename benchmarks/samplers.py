@@ -9,7 +9,7 @@ import argparse
 
 from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 
-from flowsr.evaluate import evaluate, load_pairs
+from flowsr.evaluation import load_pairs, measure_steps
 from flowsr.loading import load
 
 SAMPLERS = {  # name: scheduler, its own settings, steps
@@ -33,7 +33,7 @@ def main() -> None:
     print("| sampler | steps | PSNR-Y | SSIM-Y | LPIPS | detail | s / MP |\n|---|---|---|---|---|---|---|")
     for number, (name, (scheduler, settings, steps)) in enumerate(SAMPLERS.items()):
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
-        result = evaluate(pipe, pairs, [steps], seed=options.seed, lpips_weights=options.lpips_weights)
+        result = measure_steps(pipe, pairs, [steps], seed=options.seed, lpips_weights=options.lpips_weights)
         rows = result["rows"] if number == 0 else result["rows"][1:]  # bicubic once
         for row in rows:
             label, count = (name, steps) if row["method"] != "bicubic" else ("bicubic", 0)

@@ -16,7 +16,7 @@ import torch
 from diffusers import TorchAoConfig
 
 from flowsr import FlowMatchSRPipeline
-from flowsr.evaluate import evaluate, load_pairs
+from flowsr.evaluation import load_pairs, measure_steps
 from flowsr.loading import load, resolve
 
 VARIANTS = ("float32", "bfloat16", "compile", "int8", "int8-dynamic", "onnx")
@@ -78,7 +78,7 @@ def main() -> None:
                 continue
             pairs = pairs or load_pairs(options.hr, options.lr, pipe.scale_factor)
             for _ in range(2):
-                row = evaluate(pipe, pairs, [options.steps])["rows"][-1]
+                row = measure_steps(pipe, pairs, [options.steps])["rows"][-1]
         megapixels = sum(pair.hr.shape[0] * pair.hr.shape[1] for pair in pairs) / 1e6 / len(pairs)
         seconds = row["seconds_per_megapixel"] * megapixels
         print(f"| {variant} | {size / 1e6:.2f} MB | {seconds:.3f} | {row['psnr_y']:.2f} |", flush=True)

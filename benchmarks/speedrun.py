@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flowsr.evaluate import evaluate, load_pairs
+from flowsr.evaluation import load_pairs, measure_steps
 from flowsr.loading import load_upscaler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def main() -> None:
     print("| | bicubic | fidelity 1 |\n|---|---|---|")
     for name in ("Set5", "Set14"):
         pairs = load_pairs(options.data / name / "HR", options.data / name / "LRx4", pipe.scale_factor)
-        bicubic, faithful = (row["psnr_y"] for row in evaluate(pipe, pairs, [1])["rows"])
+        bicubic, faithful = (row["psnr_y"] for row in measure_steps(pipe, pairs, [1])["rows"])
         print(f"| {name} | {bicubic:.2f} | {faithful:.2f} |")
 
 

@@ -10,13 +10,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
+from flowsr.metrics import COLUMNS
+
 KEPT = "<!-- Written by flowsr down to this line; what stands below it is kept. -->"
-METRICS = {  # key in the results of `flowsr evaluate`: type in the model-index, title, format
-    "psnr_y": ("psnr", "PSNR-Y", "{:.2f}"),
-    "ssim_y": ("ssim", "SSIM-Y", "{:.3f}"),
-    "lpips": ("lpips", "LPIPS", "{:.3f}"),
-    "lr_psnr": ("psnr", "LR-PSNR", "{:.1f}"),
-}
+METRICS = {"psnr_y": "psnr", "ssim_y": "ssim", "lpips": "lpips", "lr_psnr": "psnr"}  # their type in the model-index
 LOAD = """\
 ```python
 {before}
@@ -107,7 +104,7 @@ def eval_results(evaluation: dict[str, dict]):
     """The results of the pipeline as entries of the model-index."""
     for name, result in evaluation.items():
         for row in result["rows"]:
-            for key, (kind, title, _) in METRICS.items():
+            for key, kind in METRICS.items():
                 if key in row and row["method"] != "bicubic":
                     yield EvalResult(
                         task_type="image-to-image",
@@ -115,7 +112,7 @@ def eval_results(evaluation: dict[str, dict]):
                         dataset_type=name.split(",")[0],
                         dataset_name=name.split(",")[0],
                         metric_type=kind,
-                        metric_name=f"{title}, {method(row, result)}",
+                        metric_name=f"{COLUMNS[key][0]}, {method(row, result)}",
                         metric_value=round(row[key], 4),
                     )
 
@@ -130,15 +127,15 @@ def method(row: dict, result: dict) -> str:
 
 
 def results_table(evaluation: dict[str, dict]) -> str:
-    shown = [key for key in METRICS if any(key in row for result in evaluation.values() for row in result["rows"])]
-    titles = ["pictures", "method", *(METRICS[key][1] for key in shown)]
+    columns = [key for key in METRICS if any(key in row for result in evaluation.values() for row in result["rows"])]
+    titles = ["pictures", "method", *(COLUMNS[key][0] for key in columns)]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, result in evaluation.items():
         for row in result["rows"]:
-            cells = [METRICS[key][2].format(row[key]) if key in row else "" for key in shown]
+            cells = [COLUMNS[key][1].format(row[key]) if key in row else "" for key in columns]
             lines.append(f"| {name.split(',')[0]} | {method(row, result)} | " + " | ".join(cells) + " |")
     lines = list(dict.fromkeys(lines))  # bicubic once for each test set
-    measures = sorted({result["lpips"] for result in evaluation.values() if "lpips" in shown})
+    measures = sorted({result["lpips"] for result in evaluation.values() if "lpips" in columns})
     return "\n".join(lines) + "".join(f"\n\nLPIPS here is {measure}." for measure in measures)
 
 

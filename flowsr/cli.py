@@ -418,15 +418,15 @@ def pipeline_of(options: argparse.Namespace):
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from flowsr import evaluate as judge
+    from flowsr.evaluation import load_pairs, markdown_table, measure_dial, measure_steps, plot_dial, read_others
 
     if options.others and not options.curve:
         raise ValueError("`--others` is drawn into the plot of `--curve PNG`; give that too.")
     if options.curve and options.fidelity:
         raise ValueError(f"`--curve` measures the whole dial; leave `--fidelity`, got {options.fidelity}.")
-    others = judge.read_others(options.others) if options.others else []
+    others = read_others(options.others) if options.others else []
     pipe = pipeline_of(options)
-    pairs = judge.load_pairs(options.hr, options.lr, pipe.scale_factor)
+    pairs = load_pairs(options.hr, options.lr, pipe.scale_factor)
     how = {
         "consistency": options.consistency,
         "seed": options.seed,
@@ -434,14 +434,12 @@ def evaluate(options: argparse.Namespace) -> int:
     }
     how["lpips_weights"] = options.lpips_weights
     if options.curve:
-        result = judge.curve(pipe, pairs, options.steps, **how)
-        judge.plot_curve(
-            result, others, options.curve, f"{Path(options.hr).resolve().parent.name}, x{pipe.scale_factor}"
-        )
+        result = measure_dial(pipe, pairs, options.steps, **how)
+        plot_dial(result, others, options.curve, f"{Path(options.hr).resolve().parent.name}, x{pipe.scale_factor}")
     else:
-        result = judge.evaluate(pipe, pairs, options.steps, options.fidelity, **how)
+        result = measure_steps(pipe, pairs, options.steps, options.fidelity, **how)
     print(f"{len(pairs)} pictures of {options.hr}, x{pipe.scale_factor}, seed {options.seed}; {result['lpips']}\n")
-    print(judge.markdown_table(result))
+    print(markdown_table(result["rows"]))
     if options.json:
         partial = Path(f"{options.json}.partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")

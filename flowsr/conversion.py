@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import flowsr
 from flowsr import originals
-from flowsr.averages import train_part
 from flowsr.components import pipeline_from
 from flowsr.loading import class_named
+from flowsr.training.trainable import train_part
 
 
 class ConversionError(ValueError):

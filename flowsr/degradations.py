@@ -69,7 +69,7 @@ def round_to_uint8(image: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(image + 0.5), 0, 255).astype(np.uint8)
 
 
-def downscale(image: np.ndarray, scale: int, rounded: bool = True) -> np.ndarray:
+def matlab_bicubic(image: np.ndarray, scale: int, rounded: bool = True) -> np.ndarray:
     """MATLAB's `imresize(image, 1 / scale)` for uint8: the published x4 test images, bit for bit.
 
     Args:
@@ -266,7 +266,7 @@ def photo(image: torch.Tensor, scale: int, random: np.random.Generator) -> torch
     return jpeg(x, random, (30, 95)) if random.random() < 0.75 else x
 
 
-# Beside "bicubic", which is `downscale`.
+# Beside "bicubic", which is `matlab_bicubic`.
 CHAINS = {"bsrgan": bsrgan, "real_esrgan": real_esrgan, "photo": photo}
 
 
@@ -286,7 +286,7 @@ def degrade(image: np.ndarray, scale: int, chain: str, random: np.random.Generat
         ValueError: for an unknown chain.
     """
     if chain == "bicubic":
-        return downscale(image, scale)
+        return matlab_bicubic(image, scale)
     if chain not in CHAINS:
         raise ValueError(f"The degradation must be one of {['bicubic', *CHAINS]}, got {chain!r}.")
     x = torch.from_numpy(image.astype(np.float32).transpose(2, 0, 1)) / 255

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import flowsr
-from flowsr.degradations import cut_to_multiple, degrade, downscale
+from flowsr.degradations import cut_to_multiple, degrade, matlab_bicubic
 from flowsr.files import read_picture, save_picture
 from flowsr.metrics import psnr_y
 from flowsr.upscaler import has_dial, side_by_side
@@ -36,7 +36,7 @@ def run_demo(pipe: DiffusionPipeline, folder: Path, steps: int) -> Demo:
     pipe.set_progress_bar_config(disable=True)
     photo, scale = example_photo(), pipe.scale_factor
     hr = cut_to_multiple(np.asarray(read_picture(photo).convert("RGB")), scale)
-    lr = PIL.Image.fromarray(downscale(hr, scale))
+    lr = PIL.Image.fromarray(matlab_bicubic(hr, scale))
 
     def upscale(**options) -> PIL.Image.Image:
         return pipe(lr, generator=torch.Generator().manual_seed(0), **options).images[0]

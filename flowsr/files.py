@@ -30,6 +30,7 @@ __all__ = [
     "PICTURE_SUFFIXES",
     "PictureFile",
     "UnreadableError",
+    "as_levels",
     "as_rgb",
     "check_place",
     "check_target",
@@ -48,6 +49,20 @@ def as_rgb(picture: PictureFile) -> PIL.Image.Image:
     """The first frame in 8-bit RGB, for looking at."""
     frame = picture.frames[0] if picture.bits == 8 else (picture.frames[0] / 257).round().astype(np.uint8)
     return as_image(frame, picture).convert("RGB")
+
+
+def as_levels(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """An image of 8 bits per channel in "RGB" or "L"; greys of 16 bits keep their brightness, as in inference.
+
+    Raises:
+        ValueError: for a mode without a defined way to RGB.
+    """
+    from flowsr.pipelines.image_processor import read_pil
+
+    if image.mode[0] in "IF" or image.mode == "LAB":  # which Pillow would clip to 255
+        grey = read_pil(image).color[0, 0]
+        image = PIL.Image.fromarray(((grey + 1) * 127.5).round().byte().numpy())
+    return image.convert(mode)
 
 
 def read_picture(path: str | Path) -> PIL.Image.Image:

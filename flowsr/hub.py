@@ -222,6 +222,12 @@ def publish(
     return str(commit.commit_url)
 
 
+def claim(repo_id: str) -> None:
+    """Makes sure of a repository before the work whose result it is to take."""
+    with clear_errors(repo_id, "cannot take the finished pipeline"):
+        create_repo(repo_id, exist_ok=True)
+
+
 @contextmanager
 def clear_errors(repo_id: str, outcome: str) -> Iterator[None]:
     """Turns what can go wrong between here and the Hub into an OSError of one line with the way out."""

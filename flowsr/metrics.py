@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowsr.degradations import downscale
+from flowsr.degradations import matlab_bicubic
+
+COLUMNS = {  # of tables, in this order: key in results, title, format
+    "psnr_y": ("PSNR-Y", "{:.2f}"),
+    "ssim_y": ("SSIM-Y", "{:.3f}"),
+    "lpips": ("LPIPS", "{:.3f}"),
+    "haarpsi": ("HaarPSI", "{:.3f}"),
+    "detail": ("detail", "{:.2f}"),
+    "lr_psnr": ("LR-PSNR", "{:.1f}"),
+    "seconds_per_megapixel": ("s / MP", "{:.2f}"),
+}
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -66,7 +76,7 @@ def lr_psnr(sr: np.ndarray, lr: np.ndarray, scale: int) -> float:
 
     Downscaling is MATLAB's bicubic, kept in float so that its own rounding does not count.
     """
-    return psnr(downscale(sr, scale, rounded=False), lr)
+    return psnr(matlab_bicubic(sr, scale, rounded=False), lr)
 
 
 def detail(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:

@@ -13,16 +13,29 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from flowsr import EncodedSRModel, FlowMatchSREulerScheduler, FlowMatchSRPipeline, UNetSRModel
+from flowsr import (
+    ContextUNetSRModel,
+    DDPMSRPipeline,
+    EncodedSRModel,
+    FlowMatchPipeline,
+    FlowMatchSREulerScheduler,
+    FlowMatchSRPipeline,
+    UNetSRModel,
+)
 
 TINY = {"block_out_channels": (8,), "layers_per_block": 1, "mid_layers": 1, "time_embedding_dim": 16}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def make_unet(**config) -> UNetSRModel:
     """A small network with random weights everywhere, also where a fresh network has zeros."""
     unet = UNetSRModel(**{**TINY, **config}).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     return unet
@@ -32,7 +45,7 @@ def make_encoded(**config) -> EncodedSRModel:
     """A small network that encodes once, with random weights everywhere."""
     sizes = {"encoder_channels": 8, "encoder_blocks": 2, "head_channels": 8, "head_blocks": 1, "time_embedding_dim": 8}
     model = EncodedSRModel(**{**sizes, **config}).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     return model
@@ -40,6 +53,43 @@ def make_encoded(**config) -> EncodedSRModel:
 
 def make_pipeline(scheduler: dict | None = None, **config) -> FlowMatchSRPipeline:
     pipe = FlowMatchSRPipeline(make_unet(**config), FlowMatchSREulerScheduler(**(scheduler or {})))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_context_unet(**config) -> ContextUNetSRModel:
+    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "time_embedding_dim": 8, "context_channels": 8}
+    unet = ContextUNetSRModel(**{**small, **config}).eval()
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=seeded())
+    return unet
+
+
+def make_ddpm(unet=None, scheduler=None, target="residual", residual_std=1.0) -> DDPMSRPipeline:
+    scheduler = scheduler or DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
+        timestep_spacing="trailing", rescale_betas_zero_snr=False,
+    )  # fmt: skip
+    pipe = DDPMSRPipeline(unet or make_context_unet(), scheduler, target, residual_std=residual_std)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_generator(classes: int | None = 3, **kwargs) -> FlowMatchPipeline:
+    unet = make_unet(
+        in_channels=1, out_channels=1, lr_channels=None, scale_factor=1, patch_size=1, precondition=False,
+        num_class_embeds=classes, condition_dropout=0.1,
+    )  # fmt: skip
+    scheduler = FlowMatchSREulerScheduler(source="noise", source_noise_std=1.0, prediction_type="velocity")
+    pipe = FlowMatchPipeline(unet, scheduler, sample_size=[8, 12], **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_encoded_pipeline(**config) -> FlowMatchSRPipeline:
+    pipe = FlowMatchSRPipeline(
+        make_encoded(**config), FlowMatchSREulerScheduler(source="prior", noise="positional", evaluate_shift=1.05)
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -68,8 +68,8 @@ def main() -> None:
         if request["kill"] is not None or request["terminate_at"]:
             folder, number, delay = request["kill"] or (None, 0, 0)
             while ended is None:
-                told = Path(request["log"]).read_text()
-                if newest(folder) >= number if folder else request["terminate_at"] in told:
+                printed = Path(request["log"]).read_text()
+                if newest(folder) >= number if folder else request["terminate_at"] in printed:
                     time.sleep(delay)
                     if request["kill"]:
                         os.kill(child, signal.SIGKILL)

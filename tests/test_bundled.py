@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch
+from conftest import seeded
 
 import flowsr
-from flowsr.degradations import downscale
+from flowsr.degradations import matlab_bicubic
 from flowsr.demo import example_photo
-from flowsr.evaluate import evaluate, load_pairs
+from flowsr.evaluation import load_pairs, measure_steps
 from flowsr.files import read_picture
 from flowsr.loading import load_upscaler
 from flowsr.metrics import lr_psnr, psnr_y
@@ -27,10 +27,6 @@ def pipe():
     pipe = flowsr.FlowMatchSRPipeline.from_pretrained(flowsr.bundled("x4"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +47,7 @@ def test_names_that_do_not_ship_are_refused():
 
 def test_the_example_photo_is_well_above_bicubic(pipe):
     hr = np.asarray(read_picture(example_photo()).convert("RGB"))[:240, 100:340]
-    lr = PIL.Image.fromarray(downscale(hr, 4))
+    lr = PIL.Image.fromarray(matlab_bicubic(hr, 4))
     bicubic = psnr_y(np.asarray(lr.resize((240, 240), PIL.Image.BICUBIC)), hr, 4)
     faithful = np.asarray(pipe(lr, fidelity=1.0, generator=seeded()).images[0])
     assert psnr_y(faithful, hr, 4) > bicubic + 1.5
@@ -61,7 +57,7 @@ def test_the_example_photo_is_well_above_bicubic(pipe):
 
 
 def test_tiled_equals_whole(pipe):
-    lr = PIL.Image.fromarray(downscale(np.asarray(read_picture(example_photo()).convert("RGB")), 4))
+    lr = PIL.Image.fromarray(matlab_bicubic(np.asarray(read_picture(example_photo()).convert("RGB")), 4))
     whole, tiled = (np.asarray(pipe(lr, 2, generator=seeded(), tile=t).images[0]).astype(int) for t in (None, 48))
     assert np.abs(whole - tiled).max() <= 1
 
@@ -75,7 +71,7 @@ def test_the_published_numbers_are_those_of_these_weights(name):
     pipe.set_progress_bar_config(disable=True)
     written = json.loads((Path(flowsr.bundled(name)) / "evaluation.json").read_text())["Set5"]
     pairs = load_pairs(SHARED / "data/Set5/HR", SHARED / "data/Set5/LRx4", 4)
-    measured = evaluate(pipe, pairs, steps=[1])["rows"]
+    measured = measure_steps(pipe, pairs, steps=[1])["rows"]
     for row in measured:
         (claimed,) = [claim for claim in written["rows"] if claim["method"] == row["method"]]
         assert row["psnr_y"] == pytest.approx(claimed["psnr_y"], abs=0.01)
@@ -93,9 +89,9 @@ def test_digits_are_those_asked_for():
     real = np.stack([pictures[labels == digit].mean(0) for digit in range(10)])
     pipe = flowsr.FlowMatchPipeline.from_pretrained(flowsr.bundled("digits"))
     pipe.set_progress_bar_config(disable=True)
-    asked = [digit for digit in range(10) for _ in range(5)]
+    wanted = [digit for digit in range(10) for _ in range(5)]
     how = {"num_inference_steps": 4, "solver": "heun", "guidance_scale": 2.0, "output_type": "np"}
-    drawn = pipe(class_labels=asked, generator=seeded(), **how).images.reshape(10, 5, 784).mean(1)
+    drawn = pipe(class_labels=wanted, generator=seeded(), **how).images.reshape(10, 5, 784).mean(1)
     alike = np.corrcoef(drawn, real)[:10, 10:]
     assert alike.argmax(1).tolist() == list(range(10))
     assert alike.diagonal().min() > 0.6

@@ -6,10 +6,8 @@ import re
 import PIL.Image
 import pytest
 import yaml
-from conftest import make_pipeline, smooth_picture
+from conftest import make_ddpm, make_generator, make_pipeline, smooth_picture
 from huggingface_hub import ModelCard
-from test_ddpm import make_ddpm
-from test_solvers import make_generator
 
 from flowsr.card import KEPT, model_card
 from flowsr.cli import main

@@ -12,7 +12,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import make_encoded, make_unet
+from conftest import make_encoded, make_unet, seeded
 from diffusers import DDIMScheduler, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
@@ -36,10 +36,6 @@ EVERYTHING = {  # levels, attention everywhere, and a norm that keeps random net
     "norm": "layer",
     "condition_dropout": 0.1,
 }
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def make_context_unet() -> ContextUNetSRModel:

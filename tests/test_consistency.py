@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import random_picture
 
-from flowsr.degradations import bicubic_matrix
-from flowsr.degradations import downscale as downscale_uint8
+from flowsr.degradations import bicubic_matrix, matlab_bicubic
 from flowsr.pipelines.consistency import downscale, make_consistent, upscale_minimum_norm
 
 SIZES = [(1, 1), (1, 5), (7, 3), (24, 33)]
@@ -60,13 +59,13 @@ def test_soft_cures_a_tint_and_leaves_fine_differences():
 def test_downscaling_agrees_with_pillow_away_from_the_edges(scale):
     # Not too contrasty: both clip between their two passes, but in different order.
     picture = random_picture(30 * scale, 20 * scale).point(lambda level: 64 + level // 2)
-    ours = downscale_uint8(np.asarray(picture), scale).astype(int)
+    ours = matlab_bicubic(np.asarray(picture), scale).astype(int)
     pillows = np.asarray(picture.resize((30, 20), PIL.Image.BICUBIC)).astype(int)
     assert np.abs(ours - pillows)[3:-3, 3:-3].max() <= 1
 
 
 def test_downscaling_wants_multiples_and_uint8():
     with pytest.raises(ValueError, match="multiple of the scale 4, got 10"):
-        downscale_uint8(np.zeros((10, 8, 3), np.uint8), 4)
+        matlab_bicubic(np.zeros((10, 8, 3), np.uint8), 4)
     with pytest.raises(TypeError, match="uint8"):
-        downscale_uint8(np.zeros((8, 8, 3)), 4)
+        matlab_bicubic(np.zeros((8, 8, 3)), 4)

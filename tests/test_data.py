@@ -12,22 +12,10 @@ import torch
 from conftest import random_picture, smooth_picture
 from torch.utils.data import DataLoader
 
-from flowsr.data import (
-    KNOWN,
-    CropDataset,
-    Cropping,
-    CropStream,
-    as_images,
-    as_levels,
-    check_classes,
-    load_images,
-    order_of_pictures,
-    to_tensor,
-    turn,
-    unfit_pictures,
-    with_lr,
-)
-from flowsr.degradations import CHAINS, degrade, downscale
+from flowsr.degradations import CHAINS, degrade, matlab_bicubic
+from flowsr.files import as_levels
+from flowsr.training.crops import CropDataset, Cropping, CropStream, as_images, order_of_pictures, to_tensor, turn
+from flowsr.training.pictures import KNOWN, check_classes, load_images, unfit_pictures, with_lr
 
 
 @pytest.fixture
@@ -56,7 +44,7 @@ def test_crops_are_aligned_and_a_function_of_seed_and_index(images):
     crop = stream[5]
     assert crop["hr"].shape == (3, 32, 32)
     # Away from the edges of the crop its LR is that of the crop alone.
-    again = to_tensor(downscale(crop["hr"].permute(1, 2, 0).numpy(), 4))
+    again = to_tensor(matlab_bicubic(crop["hr"].permute(1, 2, 0).numpy(), 4))
     assert (again.int() - crop["lr"].int())[:, 2:-2, 2:-2].abs().max() <= 1
 
 

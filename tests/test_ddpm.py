@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_unet, random_picture
+from bad_calls import BAD_ARGUMENTS, BAD_IMAGES
+from conftest import make_context_unet, make_ddpm, make_unet, random_picture, seeded
 from diffusers import (
     ConfigMixin,
     DDIMInverseScheduler,
@@ -30,33 +31,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import register_to_config
-from test_pipeline import BAD_ARGUMENTS, BAD_IMAGES
 
 from flowsr import ContextUNetSRModel, DDPMSRPipeline, FlowMatchSRPipeline
 from flowsr.cli import main
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def make_context_unet(**config) -> ContextUNetSRModel:
-    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "time_embedding_dim": 8, "context_channels": 8}
-    unet = ContextUNetSRModel(**{**small, **config}).eval()
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.2, generator=seeded())
-    return unet
-
-
-def make_ddpm(unet=None, scheduler=None, target="residual", residual_std=1.0) -> DDPMSRPipeline:
-    scheduler = scheduler or DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
-        timestep_spacing="trailing", rescale_betas_zero_snr=False,
-    )  # fmt: skip
-    pipe = DDPMSRPipeline(unet or make_context_unet(), scheduler, target, residual_std=residual_std)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
 
 CONCATENATION = {"patch_size": 1, "precondition": False, "block_out_channels": (8, 8)}
 

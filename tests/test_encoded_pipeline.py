@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from conftest import random_picture, run_without_flowsr
+from conftest import random_picture, run_without_flowsr, seeded
 
 from flowsr import DDPMSRPipeline, EncodedSRModel, FlowMatchSREulerScheduler, FlowMatchSRPipeline
 
 SMALL = {"encoder_channels": 8, "encoder_blocks": 2, "head_channels": 8, "head_blocks": 1, "time_embedding_dim": 16}
 NOISE = {"source": "prior", "source_noise_std": 0.1}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def make_pipe(scheduler: dict | None = None, **config) -> FlowMatchSRPipeline:

@@ -7,8 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import make_pipeline, random_picture
-from test_parts import make_pipe
+from conftest import make_encoded_pipeline, make_pipeline, random_picture
 
 from flowsr.cli import main
 from flowsr.estimate import estimate
@@ -16,7 +15,7 @@ from flowsr.streaming import Upscaled
 
 
 def test_size_parts_and_disk_are_those_of_the_work():
-    pipe, done = make_pipe(), []
+    pipe, done = make_encoded_pipeline(), []
     found = pipe.estimate((75, 110), 2, tile=40)
     image = np.zeros((110, 75, 3), np.uint8)
     large = Upscaled(image, pipe, 2, tile=40, progress=lambda *numbers: done.append(numbers))[:]
@@ -27,7 +26,7 @@ def test_size_parts_and_disk_are_those_of_the_work():
 
 
 def test_memory_grows_with_the_width_of_a_part_and_not_with_the_height_of_the_picture():
-    pipe = make_pipe()
+    pipe = make_encoded_pipeline()
     estimate(pipe, (500, 500), num_inference_steps=2)  # the first call takes memory of its own
     base, tall, wide, coarse = (
         estimate(pipe, size, tile=tile, num_inference_steps=2).memory / 2**20
@@ -40,7 +39,7 @@ def test_memory_grows_with_the_width_of_a_part_and_not_with_the_height_of_the_pi
 
 def test_what_cannot_fit_is_refused():
     with pytest.raises(ValueError, match="raise `max_memory`"):
-        estimate(make_pipe(), (500, 500), max_memory=2**20)
+        estimate(make_encoded_pipeline(), (500, 500), max_memory=2**20)
     with pytest.raises(ValueError, match="in one piece"):
         estimate(make_pipeline(), (200_000, 200_000))
 
@@ -51,10 +50,10 @@ def test_memory_of_a_part_is_within_a_factor_of_what_a_process_takes():
 import os, resource, sys
 import numpy as np
 sys.path.insert(0, "tests")
-from test_parts import make_pipe
+from conftest import make_encoded_pipeline
 from flowsr.streaming import bytes_per_pixel
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-pipe = make_pipe(encoder_channels=64, head_channels=64)
+pipe = make_encoded_pipeline(encoder_channels=64, head_channels=64)
 pipe(np.zeros((16, 16, 3), np.uint8), 3)
 for steps, side in ((1, 220), (2, 180), (2, 260), (4, 220)):
     if os.fork() == 0:
@@ -74,7 +73,7 @@ for steps, side in ((1, 220), (2, 180), (2, 260), (4, 220)):
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    make_pipe().save_pretrained(tmp_path / "checkpoint")
+    make_encoded_pipeline().save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "in").mkdir()
     random_picture(20, 10).save(tmp_path / "in/a.png")
     random_picture(8, 8, "L").save(tmp_path / "in/b.png")

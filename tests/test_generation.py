@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_unet, random_picture
+from conftest import make_unet, random_picture, seeded
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
@@ -11,10 +11,6 @@ from flowsr import FlowMatchPipeline, FlowMatchSREulerScheduler, FlowMatchSRPipe
 
 STD = 0.5
 MEANS = torch.tensor([-0.4, 0.1, 0.6])
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class GaussianFlow(ModelMixin, ConfigMixin):

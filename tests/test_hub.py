@@ -38,9 +38,7 @@ def push_everything(folder):
     from pathlib import Path
 
     import torch
-    from conftest import make_pipeline
-    from test_ddpm import make_ddpm
-    from test_solvers import make_generator
+    from conftest import make_ddpm, make_generator, make_pipeline
 
     pipes = {
         "sr": make_pipeline(),
@@ -322,7 +320,7 @@ def push_from_the_commands(folder):
     hub = Hub()
     os.environ.update(hub.environment(f"{folder}/home"))
     from conftest import make_pipeline
-    from test_conversion import write_original
+    from original_checkpoints import write_original
 
     import convert_checkpoint
     from flowsr import DDPMSRPipeline

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowsr import checkpoints
+from flowsr.training import checkpoints
 
 SCHEDULE = (
     "--config", "configs/tiny.yaml", "--train_batch_size", 2, "--gradient_accumulation_steps", 2,

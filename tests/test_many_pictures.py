@@ -3,8 +3,7 @@
 import PIL.Image
 import pytest
 import torch
-from conftest import random_picture
-from test_parts import make_pipe
+from conftest import make_encoded_pipeline, random_picture
 
 from flowsr import upscaler
 from flowsr.cli import main
@@ -12,7 +11,7 @@ from flowsr.cli import main
 
 @pytest.fixture
 def call(tmp_path):
-    make_pipe().save_pretrained(tmp_path / "checkpoint")
+    make_encoded_pipeline().save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "in").mkdir()
     for number in range(4):
         random_picture(8, 6 + number).save(tmp_path / f"in/{number}.png")

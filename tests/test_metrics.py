@@ -9,8 +9,8 @@ import torch
 from conftest import make_pipeline, random_picture, smooth_picture
 from safetensors.torch import save_file
 
-from flowsr.degradations import downscale
-from flowsr.evaluate import curve, evaluate, load_pairs, markdown_table, plot_curve, read_others
+from flowsr.degradations import matlab_bicubic
+from flowsr.evaluation import load_pairs, markdown_table, measure_dial, measure_steps, plot_dial, read_others
 from flowsr.metrics import detail, haarpsi, load_lpips, lr_psnr, luma, psnr_y, ssim_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -74,8 +74,8 @@ def test_detail_is_the_energy_beyond_the_lr_grid():
 
 def test_lr_psnr_is_bounded_by_rounding_for_a_consistent_picture():
     hr = np.asarray(smooth_picture(48, 40))
-    assert lr_psnr(hr, downscale(hr, 4), 4) > 55
-    assert lr_psnr(255 - hr, downscale(hr, 4), 4) < 20
+    assert lr_psnr(hr, matlab_bicubic(hr, 4), 4) > 55
+    assert lr_psnr(255 - hr, matlab_bicubic(hr, 4), 4) < 20
 
 
 def test_shapes_must_agree():
@@ -90,14 +90,14 @@ def test_shapes_must_agree():
 @pytest.mark.parametrize("name", ["Set5", "Set14"])
 def test_downscaling_reproduces_the_published_pictures(name):
     for pair in load_pairs(SHARED / f"data/{name}/HR", SHARED / f"data/{name}/LRx4", 4):
-        assert np.array_equal(downscale(pair.hr, 4), pair.lr), pair.name
+        assert np.array_equal(matlab_bicubic(pair.hr, 4), pair.lr), pair.name
 
 
 @needs_published
 @pytest.mark.parametrize(("name", "psnr", "ssim"), [("Set5", 28.43, 0.811), ("Set14", 26.09, 0.705)])
 def test_bicubic_has_the_published_numbers(name, psnr, ssim):
     pairs = load_pairs(SHARED / f"data/{name}/HR", SHARED / f"data/{name}/LRx4", 4)
-    row = evaluate(make_pipeline(), pairs, steps=[])["rows"][0]
+    row = measure_steps(make_pipeline(), pairs, steps=[])["rows"][0]
     assert row["psnr_y"] == pytest.approx(psnr, abs=0.01)
     assert row["ssim_y"] == pytest.approx(ssim, abs=0.001)
 
@@ -147,14 +147,14 @@ def test_evaluation_of_a_folder(tmp_path):
     for i in range(2):
         smooth_picture(50 + i, 43).save(tmp_path / f"hr/{i}.png")
         hr = np.asarray(smooth_picture(50 + i, 43))[:40, :48]
-        PIL.Image.fromarray(downscale(hr, 4)).save(tmp_path / f"lr/{i}x4.png")
+        PIL.Image.fromarray(matlab_bicubic(hr, 4)).save(tmp_path / f"lr/{i}x4.png")
     made, given = load_pairs(tmp_path / "hr", None, 4), load_pairs(tmp_path / "hr", tmp_path / "lr", 4)
     for a, b in zip(made, given):
         assert a.hr.shape == (40, 48, 3)
         assert np.array_equal(a.lr, b.lr)
-    result = evaluate(make_pipeline(), made, steps=[1, 2], consistency="exact")
+    result = measure_steps(make_pipeline(), made, steps=[1, 2], consistency="exact")
     assert [row["method"] for row in result["rows"]] == ["bicubic", "flowsr, 1 step", "flowsr, 2 steps"]
-    table = markdown_table(result).splitlines()
+    table = markdown_table(result["rows"]).splitlines()
     assert len(table) == 5
     assert f"{result['rows'][1]['psnr_y']:.2f}" in table[3]
     assert result["rows"][1]["psnr_y"] == pytest.approx(np.mean([i["psnr_y"] for i in result["rows"][1]["images"]]))
@@ -233,17 +233,17 @@ def test_the_curve_goes_from_the_faithful_end_to_the_vivid_one(tmp_path):
     smooth_picture(64, 64).save(tmp_path / "a.png")
     pairs = load_pairs(tmp_path, None, 4)
     pipe = make_pipeline()
-    result = curve(pipe, pairs, steps=[1, 2, 4], fidelities=[0.5])
+    result = measure_dial(pipe, pairs, steps=[1, 2, 4], fidelities=[0.5])
     rows = [row for row in result["rows"] if "steps" in row]
     assert [(row["steps"], row["fidelity"]) for row in rows] == [(1, 1.0), (4, 0.5), (2, 0.0), (4, 0.0)]
-    alone = evaluate(pipe, pairs, steps=[4], fidelity=0.5)["rows"][1]
+    alone = measure_steps(pipe, pairs, steps=[4], fidelity=0.5)["rows"][1]
     assert rows[1]["psnr_y"] == alone["psnr_y"]
     for row in rows:
         row["lpips"] = 0.1
     (tmp_path / "others.csv").write_text("system,psnr_y,lpips,remark\nA,28.5,0.2,first\nB,26,0.1,\n")
     others = read_others(str(tmp_path / "others.csv"))
     assert others == [{"system": "A", "psnr_y": 28.5, "lpips": 0.2}, {"system": "B", "psnr_y": 26.0, "lpips": 0.1}]
-    plot_curve(result, others, tmp_path / "curve.png")
+    plot_dial(result, others, tmp_path / "curve.png")
     assert min(PIL.Image.open(tmp_path / "curve.png").size) > 400
 
 

@@ -6,23 +6,104 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_ddpm, make_encoded, make_generator, make_pipeline, seeded
+from diffusers import DDIMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput as UNetOutput
 
-from flowsr.degradations import downscale
-from flowsr.objectives import (
-    LOSSES,
-    charbonnier,
-    colour_loss,
+from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
+from flowsr.degradations import matlab_bicubic
+from flowsr.training.distances import LOSSES, charbonnier, colour_loss, huber, perceptual_loss, rmse
+from flowsr.training.draws import (
     condition_dropped,
     generators_for,
-    huber,
     logit_normal_quantile,
     moved_off_the_grid,
-    perceptual_loss,
-    rmse,
     sigmas_for,
     timesteps_for,
     unrolling_for,
 )
+from flowsr.training.objectives import Diffusion, FlowMatching, PosteriorMean
+from flowsr.training.settings import Settings
+
+
+def crops_of(scale: int = 4, channels: int = 3, count: int = 6) -> dict:
+    hr = torch.rand(count, channels, 8, 12, generator=seeded()) * 2 - 1
+    return {"hr": hr, "lr": F.avg_pool2d(hr, scale), "index": torch.arange(10, 10 + count)}
+
+
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+@pytest.mark.parametrize("source", ["lr", "noise"])
+def test_the_true_flow_has_no_loss_and_a_false_one_its_distance(source, prediction_type):
+    pipe = make_pipeline({"source": source, "prediction_type": prediction_type}, precondition=False)
+    objective, crops = FlowMatching(pipe, Settings(loss="mse", sigma_atom=0.3)), crops_of()
+    example = objective.example(crops)
+    sigma = example.sigma[:, None, None, None]
+    assert 0 < float((sigma == 1).float().mean()) < 1
+    torch.testing.assert_close(example.x_t, (1 - sigma) * crops["hr"] + sigma * example.source)
+    true = crops["hr"] if prediction_type == "sample" else example.source - crops["hr"]
+    assert float(objective.loss(true, example)) < 1e-9
+    if prediction_type == "velocity":
+        assert float(objective.loss(true + 0.1, example)) == pytest.approx(0.01, rel=1e-3)
+    # It starts where sampling starts: the pipeline draws the same of the same seeds.
+    again = pipe.prepare_source(crops["lr"], generators_for(crops["index"], 0))
+    assert torch.equal(example.source, again)
+
+
+def test_generation_starts_from_noise_and_knows_classes():
+    pipe = make_generator(classes=3)
+    label = torch.tensor([0, 1, 2, 0, 1, 2])
+    crops = {"hr": crops_of(channels=1)["hr"], "index": torch.arange(6), "label": label}
+    example = FlowMatching(pipe, Settings(loss="mse")).example(crops)
+    assert example.x_t.shape == (6, 1, 8, 12)
+    dropped = condition_dropped(crops["index"], 0, 0.1)
+    assert torch.equal(example.conditions["class_labels"], torch.where(dropped, 3, label))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_true_answer_of_a_diffusion_has_no_loss(prediction_type):
+    pipe = make_ddpm(scheduler=DDIMScheduler(prediction_type=prediction_type), residual_std=0.1)
+    objective, crops = Diffusion(pipe, Settings(loss="l1")), crops_of()
+    example = objective.example(crops)
+    residual = (crops["hr"] - pipe.upsample(crops["lr"])) / 0.1
+    signal = pipe.scheduler.alphas_cumprod[example.timestep].sqrt()[:, None, None, None]
+    noise = (1 - signal**2).sqrt()
+    torch.testing.assert_close(example.x_t, signal * residual + noise * example.source)
+    true = {"epsilon": example.source, "sample": residual, "v_prediction": signal * example.source - noise * residual}
+    assert float(objective.loss(true[prediction_type], example)) < 1e-6
+
+
+def test_the_posterior_mean_learns_from_hr_and_teacher():
+    pipe = FlowMatchSRPipeline(make_encoded(), FlowMatchSREulerScheduler(source="prior"))
+    crops = crops_of() | {"teacher": torch.zeros(6, 3, 8, 12)}
+    for teacher_weight in (0.0, 0.25, 1.0):
+        settings = Settings(train="encoder", teacher="somewhere", teacher_weight=teacher_weight, loss="mse")
+        objective = PosteriorMean(pipe, settings)
+        example = objective.example(crops)
+        assert float(objective.loss((1 - teacher_weight) * crops["hr"], example)) < 1e-12
+        assert pipe.unet(example.x_t, example.timestep, **example.conditions).sample.shape == crops["hr"].shape
+
+
+def test_the_head_is_shown_states_of_its_own_sampler():
+    """With an image that does not move, Euler's steps from the mean lie on the line to that image."""
+    pipe = FlowMatchSRPipeline(make_encoded(), FlowMatchSREulerScheduler(source="prior"))
+    objective, crops = (
+        FlowMatching(pipe, Settings(train="head", unroll_weight=1.0, sigma_atom=0.0)),
+        crops_of(count=30),
+    )
+    example = objective.example(crops)
+    mean, image = pipe.encode(crops["lr"]).mean, torch.full((), 0.5)
+    torch.testing.assert_close(example.conditions["encoding"].mean, mean)
+
+    def unet(x_t, timestep, **conditions):
+        return UNetOutput(image.expand(x_t.shape))
+
+    own = objective.unrolled(unet, example)
+    steps, done = unrolling_for(crops["index"], 0)
+    torch.testing.assert_close(own.timestep / 1000, 1 - (done + 1) / steps)
+    first = (1 - 1 / steps)[:, None, None, None]
+    first_state = (1 - first) * mean + first * example.source
+    sigma = (own.timestep / 1000)[:, None, None, None]
+    torch.testing.assert_close(own.x_t, image + (first_state - image) * sigma / first)
 
 
 def test_distances_have_their_closed_forms():
@@ -81,7 +162,7 @@ def test_colour_loss_sees_tint_and_not_texture():
     ours = F.interpolate(
         torch.from_numpy(levels.transpose(2, 0, 1)[None]).float(), size=16, mode="bicubic", antialias=True
     )
-    theirs = downscale(levels, 4, rounded=False).transpose(2, 0, 1)
+    theirs = matlab_bicubic(levels, 4, rounded=False).transpose(2, 0, 1)
     assert np.abs(ours[0].numpy() - theirs)[:, 3:-3, 3:-3].max() < 0.01
 
 

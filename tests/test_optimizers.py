@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowsr.optimizers import Muon, make_optimizer, orthogonalised
+from flowsr.training.optimizers import Muon, make_optimizer, orthogonalised
 
 
 def network() -> nn.Module:
@@ -93,5 +93,5 @@ def test_a_saved_state_goes_on_to_the_bit():
 def test_frozen_weights_stay():
     net = network()
     net["body"].requires_grad_(False)
-    optimizer = make_optimizer("muon", net, 0.01, (0.9, 0.99), 0.0)
+    optimizer = make_optimizer("muon", net, 0.01)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 8

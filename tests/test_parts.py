@@ -6,25 +6,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import make_encoded, make_pipeline, make_unet
+from conftest import make_encoded_pipeline, make_pipeline, make_unet, seeded
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.pipelines.consistency import make_consistent, reach
 from flowsr.pipelines.tiling import enlarged
 from flowsr.schedulers.scheduling_flow_match_sr_euler import normal_levels, philox, positional_noise
 from flowsr.streaming import Upscaled, has_parts, stream
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def make_pipe(**config) -> FlowMatchSRPipeline:
-    pipe = FlowMatchSRPipeline(
-        make_encoded(**config), FlowMatchSREulerScheduler(source="prior", noise="positional", evaluate_shift=1.05)
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(
@@ -107,7 +95,7 @@ def whole_image(pipe, image: np.ndarray, seed: int, **options) -> np.ndarray:
 
 
 def test_two_hundred_random_cuts_give_the_whole_to_the_bit():
-    pipes, chance = {scale: make_pipe(scale_factor=scale) for scale in (2, 4)}, random.Random(0)
+    pipes, chance = {scale: make_encoded_pipeline(scale_factor=scale) for scale in (2, 4)}, random.Random(0)
     for number in range(200):
         pipe, height = pipes[chance.choice((2, 2, 2, 4))], int(2 ** chance.uniform(3, 10))
         image = random_image(number, height, chance.randint(7000, 9000) // height, chance.choice((1, 3, 4)))
@@ -124,7 +112,7 @@ def test_two_hundred_random_cuts_give_the_whole_to_the_bit():
 
 
 def test_rows_and_areas_are_those_of_the_whole_picture():
-    pipe, image = make_pipe(), random_image(0, 110, 75, 3)
+    pipe, image = make_encoded_pipeline(), random_image(0, 110, 75, 3)
     whole = whole_image(pipe, image, 3, num_inference_steps=2)
     options = {"seed": 3, "num_inference_steps": 2, "tile": 40}
     written, rows, done = np.zeros_like(whole), [], []
@@ -141,7 +129,7 @@ def test_rows_and_areas_are_those_of_the_whole_picture():
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_readers_of_any_kind(dtype, tmp_path):
-    pipe, top = make_pipe(), 65535 if dtype == np.uint16 else 1
+    pipe, top = make_encoded_pipeline(), 65535 if dtype == np.uint16 else 1
     small = np.memmap(tmp_path / "small", dtype, "w+", shape=(90, 91))
     small[:] = random_image(0, 90, 91) / 255.0 * top
     large = np.memmap(tmp_path / "large", dtype, "w+", shape=(360, 364))
@@ -153,7 +141,7 @@ def test_readers_of_any_kind(dtype, tmp_path):
 
 
 def test_a_limit_of_memory_gives_smaller_parts_and_the_same_picture():
-    pipe, image = make_pipe(), random_image(0, 100, 110, 3)
+    pipe, image = make_encoded_pipeline(), random_image(0, 100, 110, 3)
     limits = [Upscaled(image, pipe, 2, max_memory=megabytes * 2**20) for megabytes in (20, 35)]
     assert 26 < limits[0].side < limits[1].side < 110
     assert np.array_equal(limits[0][0:200], limits[1][0:200])
@@ -162,7 +150,7 @@ def test_a_limit_of_memory_gives_smaller_parts_and_the_same_picture():
 
 
 def test_what_cannot_be_streamed_is_refused_before_any_work():
-    pipe, image = make_pipe(), random_image(0, 4, 5, 3)
+    pipe, image = make_encoded_pipeline(), random_image(0, 4, 5, 3)
     for message, reader in (("`shape`", object()), ("1 to 4 channels", np.zeros((3, 3, 5))), ("h, w", np.zeros(3))):
         with pytest.raises(ValueError, match=message):
             Upscaled(reader, pipe)
@@ -175,7 +163,7 @@ def test_what_cannot_be_streamed_is_refused_before_any_work():
 
 
 def test_parts_equal_the_whole_nearly_where_bicubic_weights_depend_on_the_place():
-    pipe, image = make_pipe(scale_factor=3), random_image(0, 100, 90, 3)
+    pipe, image = make_encoded_pipeline(scale_factor=3), random_image(0, 100, 90, 3)
     part = pipe(image[40:], corner=(40, 0), generator=seeded(0), output_type="np").images[0]
     whole = pipe(image, generator=seeded(0), output_type="np").images[0]
     halo = 3 * pipe.halo()
@@ -212,9 +200,9 @@ def test_what_has_no_parts_says_so():
         with pytest.raises(ValueError, match=message):
             pipe(image, corner=(0, 4))
     with pytest.raises(ValueError, match="row and a column"):
-        make_pipe()(image, corner=(-1, 0))
+        make_encoded_pipeline()(image, corner=(-1, 0))
 
 
 def test_what_has_parts():
-    assert has_parts(make_pipe())
+    assert has_parts(make_encoded_pipeline())
     assert not has_parts(make_pipeline())

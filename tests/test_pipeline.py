@@ -5,16 +5,13 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_pipeline, random_picture, run_without_flowsr, smooth_picture
+from bad_calls import BAD_ARGUMENTS, BAD_IMAGES
+from conftest import make_pipeline, random_picture, run_without_flowsr, seeded, smooth_picture
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.cli import main
 from flowsr.pipelines import image_processor
 from flowsr.pipelines.consistency import downscale
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1), (13, 17), (64, 48)])
@@ -251,19 +248,6 @@ def test_another_scheduler_can_be_made_from_the_config(pipe):
     assert swapped(random_picture(6, 5)).images[0].size == (24, 20)
 
 
-BAD_IMAGES = {
-    "nan": (np.full((4, 4, 3), np.nan, np.float32), "NaN"),
-    "zero-sized": (np.zeros((0, 4, 3), np.uint8), "empty"),
-    "above the range": (np.full((4, 4, 3), 255.0), "divide by 255"),
-    "below the range": (torch.full((3, 4, 4), -1.0), "add 1 and divide by 2"),
-    "five channels": (np.zeros((4, 4, 5), np.uint8), "1 to 4 channels"),
-    "two dimensions": (torch.zeros(4, 4), "1 to 4 channels"),
-    "mode F": (PIL.Image.new("F", (4, 4)), "no defined way to RGB"),
-    "32 bits": (PIL.Image.fromarray(np.full((4, 4), 70000, np.int32)), "16-bit"),
-    "empty list": ([], "empty list"),
-}
-
-
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_bad_pictures_are_refused_with_the_way_out(pipe, name):
     image, message = BAD_IMAGES[name]
@@ -277,21 +261,6 @@ def test_bad_pictures_are_refused_with_the_way_out(pipe, name):
 def test_pictures_of_other_types_are_refused(pipe, image):
     with pytest.raises(TypeError, match="must be"):
         pipe(image)
-
-
-BAD_ARGUMENTS = {
-    "num_inference_steps": (0, "whole number"),
-    "fidelity": (1.5, r"\[0, 1\]"),
-    "consistency": ("hard", "'exact', 'soft' or None"),
-    "guidance_scale": (2.0, "condition dropout"),
-    "num_images_per_prompt": (0, "whole number from 1"),
-    "tile": (0, "LR pixels"),
-    "output_type": ("jpeg", "output_type"),
-    "generator": ([torch.Generator()] * 2, "one generator per output"),
-    "latents": (torch.zeros(1, 3, 8, 8), r"shape \(1, 3, 20, 24\)"),
-    "callback_on_step_end_tensor_inputs": (["noise"], "latents"),
-    "sigmas": ([0.5, 1.0], "fall strictly"),
-}
 
 
 MORE_BAD_ARGUMENTS = [  # more than one for a name

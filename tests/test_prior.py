@@ -6,17 +6,13 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_pipeline, make_unet, random_picture, run_without_flowsr
+from conftest import make_pipeline, make_unet, random_picture, run_without_flowsr, seeded
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.pipelines.conditioning import estimate
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def make_swin2sr(upscale: int = 4) -> Swin2SRForImageSuperResolution:

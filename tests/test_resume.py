@@ -10,9 +10,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from flowsr import checkpoints
+import flowsr
+from flowsr.training import checkpoints, record
+from flowsr.training.settings import Settings, parse_settings
 
-ROOT = Path(__file__).resolve().parents[1]
+CONFIG = Path(__file__).resolve().parents[1] / "configs/x4_encoder.yaml"
 
 SCHEDULE = (
     "--config", "configs/tiny.yaml", "--train_batch_size", 2, "--num_validation_images", 0, "--logging_steps", 1,
@@ -55,35 +57,27 @@ def test_only_older_checkpoints_make_room(tmp_path):
     assert [path.name for path in checkpoints.found_in(tmp_path)] == ["checkpoint-3", "checkpoint-9"]
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train_sr
-
-    return train_sr
-
-
-def test_changed_settings_are_told_or_refused(script):
-    settings = script.Settings(train_data_dir=["/a/photos"], learning_rate=1e-3)
+def test_changed_settings_are_told_or_refused():
+    settings = Settings(train_data_dir=["/a/photos"], learning_rate=1e-3)
     before = asdict(settings)
     changed = replace(settings, learning_rate=1e-4, output_dir="elsewhere", train_data_dir=["/b/photos"])
-    assert script.changed_settings(before, settings) == []
-    assert script.changed_settings(before, changed) == [
+    assert checkpoints.changed_settings(before, settings) == []
+    assert checkpoints.changed_settings(before, changed) == [
         "`train_data_dir`: ['/a/photos'] -> ['/b/photos']",
         "`learning_rate`: 0.001 -> 0.0001",
     ]
     for name, value in {"optimizer": "muon", "seed": 1, "unet": {"patch_size": 1}, "train_data_dir": ["b"]}.items():
         with pytest.raises(ValueError, match=f"`{name}`.*Leave them as they were"):
-            script.changed_settings(before, replace(settings, **{name: value}))
+            checkpoints.changed_settings(before, replace(settings, **{name: value}))
     del before["resolution"]  # an older version's
-    assert script.changed_settings(before, replace(settings, resolution=96)) == []
+    assert checkpoints.changed_settings(before, replace(settings, resolution=96)) == []
 
 
 def test_a_resumed_run_has_the_rate_betas_and_decay_of_its_settings(run, tmp_path):
     out = tmp_path / "run"
     done = run(out, "--max_train_steps", 2, "--learning_rate", 0.01)
     assert done.status == 0, done.output
-    rate = ("--learning_rate", 0.001, "--adam_beta1", 0.8, "--ema_decay", 0.5)
+    rate = ("--learning_rate", 0.001, "--adam", '{"betas": [0.8, 0.99]}', "--ema_decay", 0.5)
     done = run(out, "--max_train_steps", 4, *RESUME, *rate)
     assert done.status == 0, done.output
     assert "Changed from here on: `learning_rate`: 0.01 -> 0.001." in done.output
@@ -111,10 +105,10 @@ def test_a_resumed_run_has_the_rate_betas_and_decay_of_its_settings(run, tmp_pat
 
 
 @pytest.mark.parametrize("wrong", ["loss", "norm", "weights"])
-def test_what_is_not_finite_is_seen_before_it_is_saved(script, wrong):
+def test_what_is_not_finite_is_seen_before_it_is_saved(wrong):
     values = {"loss": 0.1, "norm": 2.0, "weights": 3.0, wrong: math.inf}
     weights = [torch.tensor([-values["weights"], 1.0], requires_grad=True), torch.zeros(3)]
-    found = script.looked_at(
+    found = record.summary(
         Accelerator(cpu=True), [torch.tensor(values["loss"])], [torch.tensor(values["norm"])], weights
     )
     assert found == pytest.approx(tuple(values.values()))
@@ -133,24 +127,41 @@ def test_what_is_not_finite_is_seen_before_it_is_saved(script, wrong):
         ("pretrained_model_name_or_path: x4\nunet: {patch_size: 1}", "brings its own configs: leave out unet"),
     ],
 )
-def test_what_a_config_must_not_hold(script, tmp_path, text, message):
+def test_what_a_config_must_not_hold(tmp_path, text, message):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        script.parse_settings(["--config", str(tmp_path / "config.yaml")])
+        parse_settings([], tmp_path / "config.yaml")
 
 
-def test_a_single_folder_is_a_list_of_one(script, tmp_path):
+def test_adam_has_one_name_and_published_files_go_on_to_work(tmp_path):
+    published = Path(flowsr.__file__).with_name("weights") / "x4/encoder_part/settings.yaml"
+    assert parse_settings([], published).adam == {"betas": [0.9, 0.99], "eps": 1e-10, "weight_decay": 0.0}
+    flat = {"adam_beta2": 0.999, "adam_weight_decay": 0.1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(flat))
+    adam = {"betas": [0.9, 0.999], "eps": 1e-10, "weight_decay": 0.1}
+    assert parse_settings([], tmp_path / "config.yaml").adam == adam
+    (tmp_path / "config.yaml").write_text("adam: {betas: [0.9, 0.999], weight_decay: 1e-1}\n")
+    assert parse_settings([], tmp_path / "config.yaml").adam == adam
+    # A run goes on from a checkpoint of either form, and differences are told.
+    settings = Settings(adam=adam)
+    before = {**asdict(Settings()), **flat}
+    del before["adam"]
+    assert checkpoints.changed_settings(before, settings) == []
+    assert "`adam`" in checkpoints.changed_settings(before, Settings())[0]
+
+
+def test_a_single_folder_is_a_list_of_one(tmp_path):
     (tmp_path / "config.yaml").write_text("train_data_dir: /data/photos\nlearning_rate: 1e-4\nreport_to: null\n")
-    settings = script.parse_settings(["--config", str(tmp_path / "config.yaml")])
+    settings = parse_settings([], tmp_path / "config.yaml")
     assert settings.train_data_dir == ["/data/photos"]
     assert settings.learning_rate == 1e-4
 
 
-def test_a_checkpoint_to_start_from_brings_its_own_configs(script):
+def test_a_checkpoint_to_start_from_brings_its_own_configs():
     start = ["--pretrained_model_name_or_path", "x4"]
-    assert script.parse_settings(start).unet == {}
+    assert parse_settings(start, CONFIG).unet == {}
     with pytest.raises(ValueError, match="leave out unet, or train from the start"):
-        script.parse_settings([*start, "--unet", "{}"])
+        parse_settings([*start, "--unet", "{}"], CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -159,23 +170,25 @@ def test_a_checkpoint_to_start_from_brings_its_own_configs(script):
         ({"lr_warmup_steps": -1}, "must not be negative"),
         ({"num_train_epochs": -1.0}, "must be positive"),
         ({"seed": -1}, r"in \[0, 2\^32\)"),
-        ({"learning_rate": 1e38}, "at most 1e30"),
+        ({"learning_rate": 1e38}, r"at most 1\.0e\+30"),
+        ({"learning_rate": 1e30, "adam": {"betas": [1 - 1e-9, 0.9]}}, r"at most 3\.4e\+29"),
         ({"learning_rate": math.nan}, "must be positive"),
-        ({"adam_beta1": 1.0}, r"in \[0, 1\)"),
+        ({"adam": {"betas": [0.9, 1.0]}}, r"`betas` in \[0, 1\)"),
+        ({"adam": {"beta": 0.9}}, r"unknown settings \['beta'\]"),
         ({"resize_to": 64, "resolution": 96}, "raise `resize_to` or lower `resolution`"),
         ({"lr_data_dir": "lr", "degradation": "bsrgan"}, "leave out `streaming`, `resize_to` and `degradation`"),
         ({"report_to": "swanlab"}, "needs the package: pip install swanlab"),
     ],
 )
-def test_settings_out_of_range_are_refused(script, settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        script.Settings(**settings)
+        Settings(**settings)
 
 
-def test_validating_and_saving_are_not_training_time(script, monkeypatch):
+def test_validating_and_saving_are_not_training_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(script.time, "perf_counter", lambda: now[0])
-    watch = script.Stopwatch()
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
+    watch = record.Stopwatch()
     now[0] = 2.0
     with watch.paused():
         now[0] = 50.0

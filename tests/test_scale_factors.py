@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 
 from flowsr import ContextUNetSRModel, DDPMSRPipeline, FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.degradations import bicubic_matrix
-from flowsr.evaluate import evaluate, load_pairs
+from flowsr.evaluation import load_pairs, measure_steps
 from flowsr.pipelines.consistency import make_consistent
 
 SCALES = [2, 3, 8]
@@ -81,6 +81,6 @@ def test_evaluation_of_a_network_without_opinion_is_that_of_bicubic(scale, make,
     (pair,) = load_pairs(tmp_path, None, scale)
     assert pair.hr.shape == (75 // scale * scale, 90 // scale * scale, 3)
     assert pair.lr.shape == (75 // scale, 90 // scale, 3)
-    bicubic, flow = evaluate(pipe, [pair], steps=[1])["rows"]
+    bicubic, flow = measure_steps(pipe, [pair], steps=[1])["rows"]
     assert flow["psnr_y"] == pytest.approx(bicubic["psnr_y"], abs=0.05)
     assert flow["ssim_y"] == pytest.approx(bicubic["ssim_y"], abs=0.002)

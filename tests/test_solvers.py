@@ -6,16 +6,12 @@ import re
 
 import pytest
 import torch
-from conftest import make_pipeline, make_unet, random_picture
+from conftest import make_generator, make_pipeline, random_picture, seeded
 
-from flowsr import FlowMatchPipeline, FlowMatchSREulerScheduler
+from flowsr import FlowMatchPipeline
 from flowsr.pipelines.flow import integrate
 
 ORDERS = {"midpoint": 2, "heun": 2, "rk4": 4}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian_velocity(x, sigma):
@@ -78,17 +74,6 @@ def test_the_bar_moves_with_the_steps_of_every_solver(solver, fidelity):
     positions = [int(number) for number in re.findall(r"(\d+)/4 ", out.getvalue())]
     assert positions == sorted(positions)
     assert set(positions) >= ({0, 4} if solver == "dopri5" else {0, 1, 2, 3, 4})
-
-
-def make_generator(classes: int | None = 3, **kwargs) -> FlowMatchPipeline:
-    unet = make_unet(
-        in_channels=1, out_channels=1, lr_channels=None, scale_factor=1, patch_size=1, precondition=False,
-        num_class_embeds=classes, condition_dropout=0.1,
-    )  # fmt: skip
-    scheduler = FlowMatchSREulerScheduler(source="noise", source_noise_std=1.0, prediction_type="velocity")
-    pipe = FlowMatchPipeline(unet, scheduler, sample_size=[8, 12], **kwargs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("solver", ["euler", *ORDERS, "dopri5"])

@@ -7,9 +7,9 @@ from conftest import random_picture, smooth_picture
 from datasets import load_dataset
 from PIL import Image
 
-from flowsr.data import CropDataset, Cropping
-from flowsr.degradations import downscale
-from flowsr.teacher import CachedAnswers, ForeignNetwork, ReadyAnswers, teacher_from
+from flowsr.degradations import matlab_bicubic
+from flowsr.training.crops import CropDataset, Cropping
+from flowsr.training.teacher import CachedAnswers, ForeignNetwork, ReadyAnswers, teacher_from
 
 
 class Nearest(torch.nn.Module):
@@ -55,7 +55,7 @@ def test_crops_of_the_teacher_lie_where_those_of_hr_lie(photo_folder, tmp_path):
 
 def test_missing_and_wrong_answers_are_named(tmp_path):
     smooth_picture(40, 40).save(tmp_path / "a.png")
-    teacher, lr = ReadyAnswers(tmp_path, 4), downscale(np.asarray(smooth_picture(44, 40)), 4)
+    teacher, lr = ReadyAnswers(tmp_path, 4), matlab_bicubic(np.asarray(smooth_picture(44, 40)), 4)
     with pytest.raises(ValueError, match="has no picture for b.jpg"):
         teacher("b.jpg", lr)
     with pytest.raises(ValueError, match=r"a\.png has 40x40 pixels, its LR asks for 44x40"):
@@ -77,7 +77,7 @@ def test_dat_light_is_far_above_bicubic(tmp_path):
 
     hr = np.asarray(Image.open(Path(__file__).resolve().parents[1] / "examples/budgie.png").convert("RGB"))
     hr = hr[100:228, 100:228]
-    lr = downscale(hr, 4)
+    lr = matlab_bicubic(hr, 4)
     answer = teacher_from("dat_light", 4, tmp_path, torch.device("cpu"))("budgie", lr)
     bicubic = np.asarray(Image.fromarray(lr).resize((128, 128), Image.BICUBIC))
     error, of_bicubic = (float(((x.astype(float) - hr) ** 2).mean()) for x in (answer, bicubic))

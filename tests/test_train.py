@@ -16,6 +16,8 @@ from training import ALONE, DEEPSPEED, FSDP, ROOT, launch, launch_as_on_gpus, lo
 from flowsr import DDPMSRPipeline, FlowMatchPipeline, FlowMatchSRPipeline, UNetSRModel
 from flowsr.components import pipeline_from
 from flowsr.conversion import convert
+from flowsr.training.settings import Settings, check_pipeline, parse_settings
+from flowsr.training.strategies import fit_strategy
 
 SMALL = {"block_out_channels": [8], "layers_per_block": 1, "mid_layers": 0, "time_embedding_dim": 8}
 
@@ -115,8 +117,6 @@ def test_fp16_scales_the_loss_and_waits_where_gradients_overflow(photo_folder, t
 
 
 def test_strategies_that_hide_weights_are_refused():
-    from train_sr import Settings, fit_strategy
-
     def accelerator(strategy: str, version: int = 2, stage: int = 0) -> SimpleNamespace:
         plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={}) if stage else None
         state = SimpleNamespace(deepspeed_plugin=plugin)
@@ -135,11 +135,11 @@ def test_weights_and_biases_gets_curves_and_grids(photo_folder, tmp_path, monkey
     done = launch(1, *tiny(photo_folder, tmp_path / "run", "--max_train_steps", 2, "--report_to", "wandb"))
     assert done.returncode == 0, done.stderr[-3000:]
     (grid,) = tmp_path.glob("wandb/offline-run-*/files/media/images/bicubic_sr_hr_*.png")
-    shown, written = (
+    uploaded, written = (
         np.asarray(Image.open(grid)),
         np.asarray(Image.open(tmp_path / "run/validation/000002_bicubic_sr_hr.png")),
     )
-    np.testing.assert_array_equal(shown, written)
+    np.testing.assert_array_equal(uploaded, written)
     assert "psnr_y_1" in done.stderr
 
 
@@ -213,9 +213,9 @@ def test_diffusion_of_residuals_with_its_scheduler_and_trackers(train_script, ph
         pipe = DDPMSRPipeline.from_pretrained(out)
         assert type(pipe.scheduler).__name__ == "DDIMScheduler"
         assert pipe.scheduler.config.prediction_type == prediction
-    told = [EventAccumulator(str(events)).Reload().Tags() for events in (out / "flowsr").rglob("events*")]
-    assert {"loss", "psnr_y_2"} <= {name for tags in told for name in tags["scalars"]}
-    assert "bicubic_sr_hr" in {name for tags in told for name in tags["images"]}
+    tags = [EventAccumulator(str(events)).Reload().Tags() for events in (out / "flowsr").rglob("events*")]
+    assert {"loss", "psnr_y_2"} <= {name for each in tags for name in each["scalars"]}
+    assert "bicubic_sr_hr" in {name for each in tags for name in each["images"]}
 
 
 def test_a_residual_is_diffused_in_units_of_its_std(train_script, photo_folder, tmp_path):
@@ -409,32 +409,25 @@ def test_unknown_keys_in_the_config_are_named(train_script, photo_folder, tmp_pa
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_makes_its_pipeline(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train_sr
-
+def test_every_config_makes_its_pipeline(path):
     a_file = ["--lpips_weights", __file__]  # settings only look whether it is there
-    settings = train_sr.parse_settings(["--config", str(path), "--seed", "7", *a_file])
+    settings = parse_settings(["--seed", "7", *a_file], path)
     assert settings.seed == 7
     made = settings
     if settings.train == "head":  # on the encoder of another run
-        made = train_sr.parse_settings(["--config", str(path.with_name("x4_encoder.yaml"))])
-    pipe = pipeline_from(made.pipeline, made.unet, made.scheduler)
-    flow = type(pipe.scheduler).__name__ == "FlowMatchSREulerScheduler"
-    train_sr.check_objective(settings, pipe, flow, pipe.unet.config.lr_channels is not None)
+        made = parse_settings([], path.with_name("x4_encoder.yaml"))
+    pipe = pipeline_from(made.pipeline, made.unet, made.scheduler, made.pretrained_model_name_or_path)
+    check_pipeline(settings, pipe)
 
 
-def test_pictures_on_the_command_line_replace_those_of_the_config(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train_sr
-
+def test_pictures_on_the_command_line_replace_those_of_the_config(tmp_path):
     (tmp_path / "folder.yaml").write_text("train_data_dir: [photos]\n")
-    config = str(ROOT / "configs/seed_flow_x4.yaml")
-    settings = train_sr.parse_settings(["--config", config, "--train_data_dir", "a", "b"])
+    config = ROOT / "configs/seed_flow_x4.yaml"
+    settings = parse_settings(["--train_data_dir", "a", "b"], config)
     assert (settings.train_data_dir, settings.dataset_name) == (["a", "b"], None)
-    settings = train_sr.parse_settings(["--config", str(tmp_path / "folder.yaml"), "--dataset_name=DIV2K"])
+    settings = parse_settings(["--config", str(tmp_path / "folder.yaml"), "--dataset_name=DIV2K"], config)
     assert (settings.train_data_dir, settings.dataset_name) == ([], "DIV2K")
-    assert train_sr.parse_settings(["--config", config]).dataset_name == "DIV2K"
+    assert parse_settings([], config).dataset_name == "DIV2K"
 
 
 # One short run of each system's config: its network made small, its objective, data and scheduler as they are.

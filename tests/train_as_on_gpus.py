@@ -10,6 +10,7 @@ from accelerate.state import DistributedType, PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_sr
+from flowsr.training import settings
 
 
 def set_device(state: PartialState) -> None:
@@ -29,5 +30,5 @@ if __name__ == "__main__":
         PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = set_device
     train_sr.Accelerator = AcceleratorWithLossScale
-    train_sr.has_gpu = lambda: True
+    settings.has_gpu = lambda: True
     train_sr.main(sys.argv[1:])

@@ -9,14 +9,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from flowsr.picture_file import one_line
+from flowsr.training.settings import Settings, with_adam
+
 MANIFEST = "manifest.json"
 SETTINGS = "settings.yaml"
+# What a resumed run must not change: network, optimiser, data and seed. All else is applied from then on.
+FIXED = (
+    "pipeline unet scheduler pretrained_model_name_or_path lora_rank train optimizer seed train_data_dir dataset_name "
+    "lr_data_dir streaming small_images resolution resize_to center_crop augmentation degradation overfit "
+    "num_validation_images"
+).split()
+OF_THE_CALL = ("output_dir", "resume_from_checkpoint")  # say nothing about the training
+
+
+class Progress:
+    """What a checkpoint must remember beyond weights, optimiser and schedule."""
+
+    def __init__(self):
+        self.step = 0  # optimiser steps done
+        self.images = 0  # crops seen, over all processes
+        self.best = -math.inf  # of the validations, as `validation_inference_steps` has it
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
 
 
 def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -> Path:
@@ -156,3 +183,45 @@ def find(wanted: str | None, output_dir: Path, say=print) -> Path | None:
     if newest_first:
         raise ValueError(f"Every checkpoint in {output_dir} is damaged; start anew in another `output_dir`.")
     return None
+
+
+def load(accelerator, checkpoint: Path, progress: Progress, total_steps: int) -> None:
+    """Puts the state of a checkpoint into all that was prepared by, and registered with, an accelerator.
+
+    Raises:
+        ValueError: if it is that of another network or optimiser, or has done more steps than the run is to have.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{checkpoint} does not fit the network or the optimizer ({one_line(error)}): resume with the settings of "
+            "its run, or start anew from its pipeline by `--pretrained_model_name_or_path`."
+        ) from error
+    if progress.step > total_steps:
+        raise ValueError(
+            f"{checkpoint} has done {progress.step} steps, but the run is to end after {total_steps}: raise "
+            "`max_train_steps` or `num_train_epochs`."
+        )
+
+
+def changed_settings(before: dict, settings: Settings) -> list[str]:
+    """The settings that differ from those of a checkpoint, as `name: before -> now`.
+
+    Raises:
+        ValueError: if one of them cannot be changed within a run.
+    """
+    before, now = with_adam(before), asdict(settings)
+    differing = [name for name in now if name in before and name not in OF_THE_CALL and before[name] != now[name]]
+    lines = {name: f"`{name}`: {before[name]} -> {now[name]}" for name in differing}
+    names_before, names_now = (
+        [Path(place).name for place in each.get("train_data_dir", [])] for each in (before, now)
+    )
+    moved = ["train_data_dir"] if names_before == names_now else []  # the same folders in another place
+    if refused := [lines[name] for name in differing if name in FIXED and name not in moved]:
+        raise ValueError(
+            f"A resumed run keeps its network, optimizer, data and seed, but the settings differ from those of the "
+            f"checkpoint: {', '.join(refused)}. Leave them as they were, or start a new run from its pipeline by "
+            "`--pretrained_model_name_or_path`."
+        )
+    return list(lines.values())

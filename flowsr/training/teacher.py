@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
-from flowsr.data import as_levels
+from flowsr.files import as_levels
 from flowsr.pipelines.conditioning import estimate
+from flowsr.training.crops import CropDataset
 
 
 def teacher_from(where: str, scale: int, cache: str | Path, device: torch.device) -> ReadyAnswers | CachedAnswers:
@@ -39,6 +42,17 @@ def teacher_from(where: str, scale: int, cache: str | Path, device: torch.device
         network = LOADERS["prior"].from_pretrained(where)
     name = hashlib.sha256(where.encode()).hexdigest()[:8]
     return CachedAnswers(network.to(device).eval(), scale, Path(cache) / f"{Path(where).stem}_{name}_x{scale}")
+
+
+def answer_all(crops: CropDataset, number: int, count: int, quiet: bool = False) -> None:
+    """Has the teacher of `crops` answer to every `count`-th picture from `number` on; a network's answers are kept.
+
+    Args:
+        number, count (`int`): of this process, and of all.
+    """
+    share = range(number, len(crops.images), count)
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(crops.read, share), "teacher", len(share), unit="picture", disable=quiet))
 
 
 class ReadyAnswers:

@@ -7,11 +7,13 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flowsr.training.trainable import trainable
+
 
 class Averages(EMAModel):
     """[`~diffusers.training_utils.EMAModel`] in float32, also of weights that FSDP 2 has sharded.
 
-    Each process averages its own shards; what is saved or shown is whole, so that a checkpoint can be read anywhere.
+    Each process averages its own shards; what is saved or copied is whole, so that a checkpoint can be read anywhere.
     Make it of the prepared network, as that is what is sharded.
     """
 
@@ -32,24 +34,14 @@ class Averages(EMAModel):
         return {**super().state_dict(), "shadow_params": self.gathered()}
 
     def load_state_dict(self, state: dict) -> None:
-        mine = self.shadow_params
+        shards = self.shadow_params
         super().load_state_dict(state)
-        self.shadow_params = [like(mine, whole) for mine, whole in zip(mine, self.shadow_params, strict=True)]
+        self.shadow_params = [
+            placed_like(shard, whole) for shard, whole in zip(shards, self.shadow_params, strict=True)
+        ]
 
 
-def like(mine: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def placed_like(shard: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """A whole tensor, placed and spread over processes as another is."""
-    whole = whole.to(mine.device)
-    return distribute_tensor(whole, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else whole
-
-
-def train_part(network: nn.Module, part: str) -> None:
-    """Freezes all of a network but its "encoder", or its "head" with the time embedding; nothing for "all"."""
-    if part != "all":
-        network.requires_grad_(False)
-        getattr(network, part).requires_grad_(True)
-        network.time_embedding.requires_grad_(part == "head")
-
-
-def trainable(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+    whole = whole.to(shard.device)
+    return distribute_tensor(whole, shard.device_mesh, shard.placements) if isinstance(shard, DTensor) else whole

@@ -7,13 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from flowsr.averages import like
+from flowsr.training.averages import placed_like
+from flowsr.training.trainable import trainable
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 
 
+ADAM = {"betas": [0.9, 0.99], "eps": 1e-10, "weight_decay": 0.0}  # gradients of a mean over small residuals are small
+
+
 def make_optimizer(
-    name: str, network: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    name: str, network: nn.Module, learning_rate: float, adam: dict[str, object] = ADAM
 ) -> torch.optim.Optimizer:
     """The optimiser of the trainable weights of a network.
 
@@ -21,20 +25,29 @@ def make_optimizer(
         name: "adamw" (Loshchilov and Hutter 2019), "adamw_8bit" (its states in 8 bits, Dettmers et al. 2022, by
             bitsandbytes) or "muon" (see [`Muon`]).
         learning_rate (`float`): peak.
-        betas, weight_decay: AdamW's.
+        adam (`dict`): `betas`, `eps` and `weight_decay` of AdamW.
     """
-    options = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
-    options["eps"] = 1e-10  # gradients of a mean over small residuals are small
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    options = {**adam, "lr": learning_rate, "betas": tuple(adam["betas"])}
     if name == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(trainable(network), **options)
     if name == "muon":
         return Muon(network, **options)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError("`optimizer: adamw_8bit` needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit(parameters, **options)
+    return AdamW8bit(trainable(network), **options)
+
+
+def apply_rate(lr_schedule: torch.optim.lr_scheduler.LambdaLR, learning_rate: float, adam: dict[str, object]) -> None:
+    """Gives a peak rate and AdamW's settings to an optimiser and a schedule whose state came from a checkpoint."""
+    lr_schedule.base_lrs = [learning_rate] * len(lr_schedule.base_lrs)
+    rates = [
+        rate * factor(lr_schedule.last_epoch) for rate, factor in zip(lr_schedule.base_lrs, lr_schedule.lr_lambdas)
+    ]
+    for group, rate in zip(lr_schedule.optimizer.param_groups, rates, strict=True):
+        group |= {**adam, "lr": rate, "initial_lr": learning_rate, "betas": tuple(adam["betas"])}
+    lr_schedule._last_lr = rates
 
 
 class Muon(torch.optim.AdamW):
@@ -93,7 +106,7 @@ class Muon(torch.optim.AdamW):
             size = 0.2 * max(updates.shape[1:]) ** 0.5
             for (weight, _), update in zip(pairs, updates):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(like(weight, update.view(shape)).mul_(group["lr"] * size))
+                weight.sub_(placed_like(weight, update.view(shape)).mul_(group["lr"] * size))
 
 
 def orthogonalised(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
