@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowsr.degradations import blur, cut_to_multiple, downscale, gaussian_kernel, gaussian_noise, jpeg
+from flowsr.degradations import blur, cut_to_multiple, gaussian_kernel, gaussian_noise, jpeg, matlab_bicubic
 from flowsr.loading import load_upscaler
 from flowsr.metrics import haarpsi, load_lpips, psnr_y
 from flowsr.picture_file import PICTURE_SUFFIXES
@@ -37,7 +37,7 @@ def damaged(hr: np.ndarray, way: str, random: np.random.Generator) -> np.ndarray
         x = torch.from_numpy(hr.transpose(2, 0, 1).astype(np.float32)) / 255
         x = blur(x, gaussian_kernel(21, (steps["blur"],) * 2, 0.0))
         hr = (x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    x = torch.from_numpy(downscale(hr, SCALE).transpose(2, 0, 1).astype(np.float32)) / 255
+    x = torch.from_numpy(matlab_bicubic(hr, SCALE).transpose(2, 0, 1).astype(np.float32)) / 255
     if "noise" in steps:
         x = gaussian_noise(x, random, (steps["noise"],) * 2)
     if "jpeg" in steps:

@@ -171,11 +171,15 @@ def test_windows_of_every_phase_and_symmetry_are_the_same_in_all_images():
     places = torch.stack([y, x]).expand(512, 2, 12, 12)
     index = torch.arange(100, 612)
     windows, doubled = moved_off_the_grid(index, 0, places, 2 * places)
-    assert windows.shape == (512, 2, 9, 9) and torch.equal(doubled, 2 * windows)
-    assert {tuple(window.amin((1, 2)).tolist()) for window in windows} == {(y, x) for y in range(4) for x in range(4)}
-    # A symmetry is known by where it sends the two axes: the steps in y and x along the rows and along the columns.
-    steps = {(*(w[:, 1, 0] - w[:, 0, 0]).tolist(), *(w[:, 0, 1] - w[:, 0, 0]).tolist()) for w in windows}
-    assert len(steps) == 8
+    assert windows.shape == (512, 2, 9, 9)
+    torch.testing.assert_close(doubled, 2 * windows)
+    # A window is known by where it sends the two axes: the steps in y and x along the rows and along the columns.
+    steps = torch.cat([windows[:, :, 5, 4] - windows[:, :, 4, 4], windows[:, :, 4, 5] - windows[:, :, 4, 4]], 1)
+    plain = steps.abs().amax(1) > 0.9
+    assert 240 < int(plain.sum()) < 272  # the others show half the side, at twice the size
+    assert len({tuple(each.tolist()) for each in steps[plain].round()}) == 8
+    corners = {tuple(window.amin((1, 2)).tolist()) for window in windows[plain]}
+    assert corners == {(row, column) for row in range(4) for column in range(4)}
     (again,) = moved_off_the_grid(index[10:11], 0, places[:1])
     assert torch.equal(again[0], windows[10])
 

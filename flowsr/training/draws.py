@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 SILVER_RATIO = 2**0.5 - 1
@@ -84,27 +85,34 @@ def unrolling_for(index: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 def moved_off_the_grid(index: torch.Tensor, seed: int, *images: torch.Tensor, period: int = 4) -> list[torch.Tensor]:
-    """Windows of crops that begin at pixels of every phase and are turned and mirrored, the same in each of `images`.
+    """Windows of crops at pixels of every phase, turned, mirrored and every other one enlarged, alike in all `images`.
 
     Crops begin on the grid of the LR, and the strides of a perceptual network have its period; its filters also see
-    lines of one direction less well than those of another. What it does not see would lie at the same pixels and in
-    the same direction in each crop, and the head would fill these with a mesh.
+    lines of one direction less well than those of another, and single pixels less well than what is twice as large.
+    What it does not see would lie at the same pixels and in the same direction in each crop, and the head would fill
+    these with a mesh.
 
     Args:
         index (`torch.Tensor` of shape `(batch,)`): numbers of the crops, which decide with `seed`.
         *images (`torch.Tensor` of shape `(batch, c, H, H)`).
-        period (`int`): pixels; windows are `(H - period + 1, H - period + 1)`.
+        period (`int`): pixels; windows are `(H - period + 1, H - period + 1)`, of which an enlarged one shows half
+            the side, by bicubic interpolation.
     """
     phase = (kronecker(index, seed + 4, GOLDEN_RATIO) * period**2).long().tolist()
     symmetry = (kronecker(index, seed + 5, SILVER_RATIO) * 8).long().tolist()
+    enlarged = (kronecker(index, seed + 6, GOLDEN_RATIO) < 0.5).tolist()
     side = images[0].shape[-1] - period + 1
 
-    def window(x: torch.Tensor, phase: int, symmetry: int) -> torch.Tensor:
+    def window(x: torch.Tensor, phase: int, symmetry: int, enlarged: bool) -> torch.Tensor:
         top, left = divmod(phase, period)
         x = torch.rot90(x[:, top : top + side, left : left + side], symmetry % 4, (1, 2))
-        return x.flip(2) if symmetry >= 4 else x
+        x = x.flip(2) if symmetry >= 4 else x
+        if enlarged:
+            half = x[None, :, : (side + 1) // 2, : (side + 1) // 2]
+            x = F.interpolate(half, size=(side, side), mode="bicubic", align_corners=False)[0]
+        return x
 
-    return [torch.stack([window(*each) for each in zip(batch, phase, symmetry)]) for batch in images]
+    return [torch.stack([window(*each) for each in zip(batch, phase, symmetry, enlarged)]) for batch in images]
 
 
 def condition_dropped(index: torch.Tensor, seed: int, share: float) -> torch.Tensor:
