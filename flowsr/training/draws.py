@@ -100,7 +100,7 @@ def moved_off_the_grid(index: torch.Tensor, seed: int, *images: torch.Tensor, pe
     """
     phase = (kronecker(index, seed + 4, GOLDEN_RATIO) * period**2).long().tolist()
     symmetry = (kronecker(index, seed + 5, SILVER_RATIO) * 8).long().tolist()
-    enlarged = (kronecker(index, seed + 6, GOLDEN_RATIO) < 0.5).tolist()
+    enlarged = (kronecker(index, seed + 6, 3**0.5) < 0.5).tolist()  # independent of the two above
     side = images[0].shape[-1] - period + 1
 
     def window(x: torch.Tensor, phase: int, symmetry: int, enlarged: bool) -> torch.Tensor:
