@@ -25,6 +25,7 @@ from flowsr import (
     UNetSRModel,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = {"block_out_channels": (8,), "layers_per_block": 1, "mid_layers": 1, "time_embedding_dim": 16}
 
 
@@ -156,11 +157,11 @@ def train_script(tmp_path_factory):
         env={**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))},
     )  # fmt: skip
 
-    def run(*arguments, kill=None, terminate_at=None, file_limit=None) -> Finished:
+    def run(*arguments, folder=ROOT, kill=None, terminate_at=None, file_limit=None) -> Finished:
         log.write_text("")
         request = {
-            "arguments": [str(argument) for argument in arguments], "log": str(log), "kill": kill,
-            "terminate_at": terminate_at, "file_limit": file_limit,
+            "arguments": [str(argument) for argument in arguments], "folder": str(folder), "log": str(log),
+            "kill": kill, "terminate_at": terminate_at, "file_limit": file_limit,
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()

@@ -1,9 +1,9 @@
 """Runs train_sr.py in forks of one process that has done the imports: as from the shell, but seconds sooner.
 
-One JSON line in for each run: `arguments`; `log` (file for its output); `kill` (null, or when to send SIGKILL: folder,
-N and seconds, so long after the folder has checkpoint-N or a later one); `terminate_at` (null, or a text in the log
-upon which SIGTERM is sent); `file_limit` (null, or the bytes that a file may have). One JSON line out: the exit
-status, negative for a signal.
+One JSON line in for each run: `arguments`; `folder` (to work in); `log` (file for its output); `kill` (null, or when
+to send SIGKILL: folder, N and seconds, so long after the folder has checkpoint-N or a later one); `terminate_at` (null
+or a text in the log upon which SIGTERM is sent); `file_limit` (null, or the bytes that a file may have). One JSON line
+out: the exit status, negative for a signal.
 """
 
 import json
@@ -26,6 +26,7 @@ def run_script(request: dict) -> None:
     os.dup2(log, 2)
     if request["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+    os.chdir(request["folder"])
     sys.argv = ["train_sr.py", *request["arguments"]]
     status = 0
     try:
