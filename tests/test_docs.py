@@ -23,8 +23,8 @@ from flowsr.training.settings import Settings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
-FEW_STEPS = ("--max_train_steps", "2", "--validation_steps", "2", "--checkpointing_steps", "2")
-SMALL_STEPS = ("--train_batch_size", "1", "--resolution", "64", "--num_validation_images", "1")
+FEW_STEPS = ("--max_train_steps", "2", "--checkpointing_steps", "2", "--num_validation_images", "0")
+SMALL_STEPS = ("--train_batch_size", "1", "--resolution", "64")
 
 
 @dataclass
@@ -123,12 +123,21 @@ def pipeline() -> FlowMatchSRPipeline:
     return FlowMatchSRPipeline.from_pretrained(bundled("x4"))
 
 
+def saved(name: str):
+    """A saved pipeline."""
+    return lambda folder: pipeline().save_pretrained(folder / name)
+
+
 GIVEN = {
     "README.md": {
         "files": [photo("small.png"), photo("old.jpg"), photos("photos"), pairs("Set5"), photos("PHOTOS", 96, 96)]
         + [lpips_weights],
     },
+    "docs/converting.md": {"files": [photo("photo.png"), saved("PIPELINE")]},
+    "docs/dial.md": {"files": [photo("photo.png")]},
     "docs/files.md": {"files": [photo("photo.tif")]},
+    "docs/index.md": {"files": [photo("photo.jpg")]},
+    "docs/own_photos.md": {"files": [photo("photo.png"), photos("PHOTOS", 96, 96), lpips_weights]},
     "docs/page.md": {"files": [photo("photo.png")]},
     "docs/scale.md": {
         "files": [photos("photos")],
@@ -142,6 +151,7 @@ GIVEN = {
             "writer": lambda: np.zeros((96, 128, 3), np.uint8),
         },
     },
+    "docs/sharing.md": {"files": [pairs("Set5")]},
     "docs/training.md": {"files": [photos("PHOTOS", 96, 96), lpips_weights], "names": {"crops": crops}},
 }
 
