@@ -16,7 +16,7 @@ LIMITS = """
 - Between the ends, the moving dial shows a pixel blend of both. It is the theoretical curve between distortion and
   perception (Freirich et al. 2021). Let go, and the flow itself is followed to that point.
 - A painted map is always a blend; a blend by a map need not agree with its input as `consistency` asks.
-- x2 and x3 are the x{scale} result, made smaller by an antialiased resize.
+- Another size than x{scale} is that result, resized (Lanczos, antialiased); beyond x{scale} no detail is added.
 - At most {megapixels:.1f} megapixels come in, still pictures alone. The page shows a reduced one; the file is whole.
 - The weights decide what suits them: `x4` is for clean downscaled photos, and enlarges noise and JPEG blocks.
 """
@@ -40,9 +40,9 @@ def build(page: Page) -> gr.Blocks:
                         ["none", "soft", "exact"], value="none", label="Consistency with the input",
                         info="exact: for clean downscaled pictures; soft: colour and tone alone, for camera and JPEG",
                     )  # fmt: skip
-                    outscale = gr.Radio(
-                        [(f"x{n}", n) for n in range(2, page.scale + 1)], value=page.scale, label="Output size",
-                        info=f"below x{page.scale}, the result is made smaller by an antialiased resize",
+                    outscale = gr.Number(
+                        page.scale, minimum=0.1, step=0.5, label="Output size, times the input",
+                        info=f"other than {page.scale}, the result is resized by Lanczos' kernel",
                     )  # fmt: skip
                     format = gr.Radio([AS_IT_CAME, *FORMATS], value=AS_IT_CAME, label="File format")
                 save = gr.DownloadButton("Download", elem_id="save")

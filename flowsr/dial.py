@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
-from flowsr.picture_file import PictureFile, update_exif
+from flowsr.picture_file import PictureFile
+from flowsr.pipelines.output_size import resize
+from flowsr.streaming import as_dtype
 from flowsr.upscaler import has_dial
 
 FULL_HEAT = 0.15  # of the range: the difference that a heat map draws in white
@@ -148,21 +150,14 @@ def enlarge(
         call = {"generator": generator, "output_type": "np", "callback_on_step_end": on_step, **options}
         return pipe(pixels, **call).images[0]
 
-    return picture.enlarged(upscaled, pipe.scale_factor)
+    return picture.enlarged(upscaled)
 
 
-def resized(large: PictureFile, source: PictureFile, outscale: int) -> PictureFile:
-    """A result at `outscale` times the size of its source, by torch's antialiased bicubic."""
-    height, width = (outscale * side for side in source.frames[0].shape[:2])
+def resized(large: PictureFile, size: tuple[int, int]) -> PictureFile:
+    """A result at another height and width, resized as the pipeline's `outscale` does."""
     pixels = large.frames[0]
-    if pixels.shape[:2] == (height, width):
+    if pixels.shape[:2] == size:
         return large
-    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
-    x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)
-    frame = x.clamp(0, np.iinfo(pixels.dtype).max).round()[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
-    return replace(
-        large,
-        frames=[frame],
-        exif=update_exif(source.exif, (width, height), outscale) if source.exif else b"",
-        resolution=source.resolution and tuple(outscale * each for each in source.resolution),
-    )
+    top = np.iinfo(pixels.dtype).max
+    x = resize(torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)[None], size)
+    return large.resized([as_dtype(x[0].permute(1, 2, 0).numpy(), pixels.dtype)])

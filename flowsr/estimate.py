@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 from diffusers import DiffusionPipeline
 
+from flowsr.pipelines.output_size import OutputSize
 from flowsr.streaming import Upscaled, bytes_per_pixel, has_parts
 
 SAMPLE = 96  # LR pixels: side of what is upscaled to learn the speed
@@ -49,6 +50,9 @@ def estimate(
     dtype: str = "uint8",
     tile: int | None = None,
     max_memory: int | None = None,
+    outscale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
     **options,
 ) -> Estimate:
     """Memory, time and disk for a picture, from its size and a sample of 96x96 LR pixels that is upscaled twice.
@@ -57,34 +61,39 @@ def estimate(
         size: width and height of the LR, pixels.
         channels (`int` in 1..4), dtype ("uint8", "uint16"): of the picture.
         tile, max_memory: as for [`~flowsr.streaming.Upscaled`].
+        outscale, height, width: as in the pipeline's call.
         options: of the pipeline's call: `num_inference_steps`, `fidelity`, `consistency`.
 
     Raises:
         ValueError: for what does not fit into the memory, with the way out.
     """
-    (width, height), scale = size, pipe.scale_factor
-    here, pixels = psutil.Process().memory_info().rss, width * height
-    disk = pixels * scale**2 * channels * np.dtype(dtype).itemsize
+    (lr_width, lr_height), scale = size, pipe.scale_factor
+    height, width = OutputSize(scale, outscale, height, width).of(lr_height, lr_width)
+    resized = (height, width) != (lr_height * scale, lr_width * scale)
+    here, pixels = psutil.Process().memory_info().rss, lr_width * lr_height
+    disk = height * width * channels * np.dtype(dtype).itemsize
     if has_parts(pipe):
-        plan = Upscaled(Shape(height, width, channels, dtype), pipe, tile=tile, max_memory=max_memory, **options)
+        shape = Shape(lr_height, lr_width, channels, dtype)
+        plan = Upscaled(shape, pipe, tile=tile, max_memory=max_memory, **options)
         rows, columns = ([seen.stop - seen.start for seen, _ in spans] for spans in (plan.bands, plan.columns))
         parts, seen = len(rows) * len(columns), sum(rows) * sum(columns)
-        band = min(plan.side * scale, plan.shape[0]) * disk // plan.shape[0]
+        band = min(plan.tall, plan.shape[0]) * plan.shape[1] * channels * (4 if resized else shape.dtype.itemsize)
         memory = here + max(rows) * max(columns) * bytes_per_pixel(pipe) + band
     else:
         parts, seen = 1, pixels
         at_once = pixels if tile is None else min(pixels, (2 * tile) ** 2)
-        memory = here + pixels * scale**2 * WHOLE + at_once * bytes_per_pixel(pipe)
+        memory = here + (pixels * scale**2 + height * width * resized) * WHOLE + at_once * bytes_per_pixel(pipe)
         free = psutil.virtual_memory().available
         if pipe._execution_device.type == "cpu" and memory - here > free:
             raise ValueError(
-                f"A picture of {width}x{height} needs about {memory - here >> 20} MiB in one piece, and "
+                f"A picture of {lr_width}x{lr_height} needs about {memory - here >> 20} MiB in one piece, and "
                 f"{free >> 20} MiB are free; take smaller pictures, or a checkpoint that upscales parts by themselves."
             )
-    sample = np.zeros((min(height, SAMPLE), min(width, SAMPLE), 3), np.uint8)
+    sample = np.zeros((min(lr_height, SAMPLE), min(lr_width, SAMPLE), 3), np.uint8)
+    resize = {"outscale": width / lr_width} if resized else {}
     for _ in range(2):  # the first call prepares
         start = time.perf_counter()
-        pipe(sample, output_type="np", **options)
+        pipe(sample, output_type="np", **options, **resize)
         seconds = time.perf_counter() - start
     seconds *= seen / (sample.shape[0] * sample.shape[1])
-    return Estimate(width * scale, height * scale, parts, memory, seconds, disk)
+    return Estimate(width, height, parts, memory, seconds, disk)

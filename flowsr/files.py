@@ -95,7 +95,7 @@ def save_picture(image: PIL.Image.Image, path: str | Path) -> None:
     picture = PictureFile([frame if frame.ndim == 3 else frame[..., None]], cmyk=image.mode == "CMYK")
     picture.icc_profile = image.info.get("icc_profile") or b""
     exif = bytes(image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
-    picture.exif = update_exif(exif, image.size, 1) if exif else b""
+    picture.exif = update_exif(exif, image.size) if exif else b""
     write_file(picture, path)
 
 

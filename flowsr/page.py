@@ -19,7 +19,8 @@ import flowsr
 from flowsr.dial import Ends, at_fidelity, blend_ends, both_ends, enlarge, invention_heat, resized
 from flowsr.files import as_rgb, check_target, read_file, with_provenance, write_file
 from flowsr.picture_file import PictureFile
-from flowsr.upscaler import has_dial, side_by_side
+from flowsr.pipelines.output_size import OutputSize
+from flowsr.upscaler import check_pixels, has_dial, resize_facts, side_by_side
 
 MAX_PIXELS = 2**24  # of a result: one megapixel of input at x4
 SEEN = 1400  # pixels of the longest side on the page; the file has all of them
@@ -233,7 +234,7 @@ class Page:
         if not work.exact:
             facts["dial"] = "blend of both ends"
         ends = work.ends
-        return self.write(result, ends.source, ends.seed, ends.options, facts, format, int(outscale), work.name)
+        return self.write(result, ends.source, ends.seed, ends.options, facts, format, outscale, work.name)
 
     def upscale(
         self,
@@ -254,7 +255,7 @@ class Page:
             on_step = self.watch(request.session_hash, progress, int(steps))
             result = enlarge(self.pipe, picture, int(seed), on_step, fidelity=float(fidelity), **options)
         facts = {"fidelity": float(fidelity)}
-        return self.write(result, picture, int(seed), options, facts, format, int(outscale), Path(image).stem)
+        return self.write(result, picture, int(seed), options, facts, format, outscale, Path(image).stem)
 
     def write(
         self,
@@ -264,21 +265,25 @@ class Page:
         options: dict,
         facts: dict,
         format: str,
-        outscale: int,
+        outscale: float | None,
         name: str,
     ) -> str:
         """The path of a file with the picture and how it was made; it stays for an hour."""
-        if outscale not in range(1, self.scale + 1):
-            raise gr.Error(f"The output size must be x1 to x{self.scale}, got x{outscale}.")
-        made = {"software": f"flowsr {flowsr.__version__}", "model": self.model, "scale": outscale, "seed": seed}
-        made |= {"steps": options["num_inference_steps"], **facts}
+        outscale = self.scale if outscale is None else outscale  # an empty field
+        try:
+            size = OutputSize(self.scale, outscale)
+            check_pixels(source, size, self.max_pixels, name)
+        except ValueError as error:
+            raise self.refusal(error, name) from error
+        made = {"software": f"flowsr {flowsr.__version__}", "model": self.model, "scale": self.scale, "seed": seed}
+        made |= {"steps": options["num_inference_steps"], **facts, **resize_facts(source, size)}
         if options["consistency"]:
             made["consistency"] = options["consistency"]
-        picture = with_provenance(resized(result, source, outscale), made)
+        picture = with_provenance(resized(result, size.of(*source.frames[0].shape[:2])), made)
         for old in Path(self.folder.name).iterdir():
             if old.stat().st_mtime < time.time() - KEPT:
                 shutil.rmtree(old, ignore_errors=True)
-        target = Path(tempfile.mkdtemp(dir=self.folder.name)) / f"{name}_x{outscale}"
+        target = Path(tempfile.mkdtemp(dir=self.folder.name)) / f"{name}_x{outscale:g}"
         target = target.with_name(target.name + (FORMATS.get(format) or picture.suffix))
         try:
             for note in check_target(picture, target):

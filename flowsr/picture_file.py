@@ -7,6 +7,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -117,16 +118,15 @@ class PictureFile:
     def bits(self) -> int:
         return max(frame.dtype.itemsize for frame in self.frames) * 8
 
-    def enlarged(self, enlarge: Callable[[np.ndarray], np.ndarray], scale: int) -> PictureFile:
+    def enlarged(self, enlarge: Callable[[np.ndarray], np.ndarray]) -> PictureFile:
         """The picture with `enlarge` applied to its frames, and what it says of its size changed to fit.
 
         Colour under alpha 0, which is often black, is replaced by the colour beside it, which would show as a fringe
         otherwise. Ink is upscaled as ink: cyan, magenta and yellow as one picture, black as another.
 
         Args:
-            enlarge: takes `(h, w, c)` as in `frames` and returns `(scale * h, scale * w, c)`, float in [0, 1] or of
-                the same dtype, also as something whose rows are made when they are asked for.
-            scale: pixels of the result per pixel.
+            enlarge: takes `(h, w, c)` as in `frames` and returns `(H, W, c)`, float in [0, 1] or of the same dtype,
+                also as something whose rows are made when they are asked for.
         """
         frames = []
         for pixels in self.frames:
@@ -137,12 +137,20 @@ class PictureFile:
             else:
                 large = enlarge(bleed(pixels) if pixels.shape[2] in (2, 4) else pixels)
             frames.append((large * top).round().astype(pixels.dtype) if large.dtype.kind == "f" else large)
-        height, width = frames[0].shape[:2]
+        return self.resized(frames)
+
+    def resized(self, frames: list[np.ndarray]) -> PictureFile:
+        """The picture with frames of another size in place of its own, and what it says of its size changed to fit.
+
+        The resolution changes as the pixels do: what is printed stays as large as it was.
+        """
+        size = frames[0].shape[1::-1]
+        scale = tuple(Fraction(new, old) for new, old in zip(size, self.frames[0].shape[1::-1]))
         return replace(
             self,
             frames=frames,
-            exif=update_exif(self.exif, (width, height), scale) if self.exif else b"",
-            resolution=self.resolution and tuple(scale * each for each in self.resolution),
+            exif=update_exif(self.exif, size, scale) if self.exif else b"",
+            resolution=self.resolution and tuple(float(s * dots) for s, dots in zip(scale, self.resolution)),
         )
 
 
@@ -189,8 +197,11 @@ def load_heif() -> bool:
     return True
 
 
-def update_exif(exif: bytes, size: tuple[int, int], scale: int) -> bytes:
+def update_exif(exif: bytes, size: tuple[int, int], scale: tuple[Fraction, Fraction] = (1, 1)) -> bytes:
     """EXIF with the size in pixels, orientation 1 and the resolution times `scale`; every other byte as it is.
+
+    Args:
+        size, scale: across and down.
 
     Raises:
         ValueError: for an EXIF that is damaged.
@@ -212,8 +223,12 @@ def update_exif(exif: bytes, size: tuple[int, int], scale: int) -> bytes:
                 struct.pack_into(order + "HII", data, at + 2, 4, 1, size[tag in HEIGHTS])
             elif tag in (X_RESOLUTION, Y_RESOLUTION) and kind == 5:
                 above, below = struct.unpack_from(order + "II", data, value)
-                if above * scale < 2**32:
-                    struct.pack_into(order + "I", data, value, above * scale)
+                scaled = above * scale[tag == Y_RESOLUTION]
+                if scaled.denominator > 1:
+                    scaled = (scaled / max(below, 1)).limit_denominator(2**16)
+                    below = scaled.denominator
+                if scaled.numerator < 2**32:
+                    struct.pack_into(order + "II", data, value, scaled.numerator, below)
             elif tag == EXIF_IFD and start == first:
                 walk(value)
 

@@ -311,7 +311,7 @@ def turn(picture: PictureFile, image: PIL.Image.Image, tiff_orientation: int | N
     if orientation > 4 and picture.resolution:
         picture.resolution = picture.resolution[::-1]
     if picture.exif:
-        picture.exif = update_exif(picture.exif, picture.frames[0].shape[1::-1], 1)
+        picture.exif = update_exif(picture.exif, picture.frames[0].shape[1::-1])
 
 
 def metadata_of(image: PIL.Image.Image, data: bytes, picture: PictureFile) -> None:
@@ -320,7 +320,7 @@ def metadata_of(image: PIL.Image.Image, data: bytes, picture: PictureFile) -> No
     try:
         exif = tiff_exif(image) if image.format == "TIFF" else exif_of(image)
         if exif:
-            picture.exif = update_exif(exif, picture.frames[0].shape[1::-1], 1)
+            picture.exif = update_exif(exif, picture.frames[0].shape[1::-1])
     except Exception:
         picture.notes.append("its EXIF is damaged and is left out")
     profile = info.get("icc_profile") or b""

@@ -11,6 +11,7 @@ import struct
 import tempfile
 import warnings
 import zlib
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -61,13 +62,18 @@ def format_of(path: str | Path) -> Format:
     raise ValueError(f"{path}: flowsr writes {', '.join(suffix for each in WRITTEN for suffix in each.suffixes)}.")
 
 
-def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality: int | None = None) -> list[str]:
+def check_target(
+    picture: PictureFile,
+    path: str | Path,
+    size_of: Callable[[int, int], tuple[int, int]] = lambda height, width: (height, width),
+    quality: int | None = None,
+) -> list[str]:
     """Says before any work whether a format can hold a picture, and what it would leave out.
 
     Args:
         picture: as it was read.
         path: where the result is to go; its suffix says the format.
-        scale (`int`): pixels of the result per pixel of `picture`.
+        size_of: height and width of the result, of those of a frame; by default the same.
         quality (`int` in 1..100, *optional*): of lossy compression.
 
     Returns:
@@ -95,10 +101,12 @@ def check_target(picture: PictureFile, path: str | Path, scale: int = 1, quality
         for duration in picture.durations if format.name == "PNG" else []:  # seconds as two 16-bit numbers
             if Fraction(duration / 1000).limit_denominator(65535).numerator > 65535:
                 raise ValueError(f"{path}: PNG cannot hold a frame of {duration:g} ms; choose WEBP or AVIF.")
-    height, width = (scale * max(frame.shape[axis] for frame in picture.frames) for axis in (0, 1))
+    sizes = [size_of(*frame.shape[:2]) for frame in picture.frames]
+    height, width = (max(each) for each in zip(*sizes))
     if max(height, width) > format.side:
         raise ValueError(f"{path}: {format.name} cannot hold {width}x{height}; at most {format.side} a side.")
-    size = scale**2 * sum(frame.nbytes for frame in picture.frames)
+    samples = sum(math.prod(size) * frame.shape[2] for size, frame in zip(sizes, picture.frames))
+    size = samples * picture.bits // 8
     if format.name == "BMP" and size > 0.99 * 2**32:
         raise ValueError(f"{path}: BMP cannot hold {size:,} bytes of pixels; at most 4 GiB: choose PNG or TIFF.")
     if quality is not None and not 1 <= quality <= 100:

@@ -17,6 +17,7 @@ import psutil
 import torch
 from diffusers import DiffusionPipeline
 
+from flowsr.pipelines.output_size import OutputSize, lanczos_taps, resampled
 from flowsr.pipelines.tiling import enlarged, exact_spans, lr_multiple, within
 
 SHARE = 0.5  # of the memory that is free, taken without `max_memory`
@@ -86,6 +87,7 @@ class Upscaled:
         self.shape = (height * scale, width * scale, *shape[2:])
         self.dtype = np.dtype(getattr(reader, "dtype", np.uint8))
         self.ndim, self.nbytes = len(self.shape), math.prod(self.shape) * self.dtype.itemsize
+        self.tall = self.side * scale  # rows of a band
         least = SAME_KERNELS // pipe.unet.config.in_channels + 1  # LR pixels
         least = [max(math.isqrt(least) + 1, math.ceil(least / size)) for size in (width, height)]
         spans = (exact_spans(size, self.side, self.halo) for size in (height, width))
@@ -104,9 +106,7 @@ class Upscaled:
         made = made if len(self.shape) == 3 else made[..., 0]
         self.done += 1
         self.progress(self.done, len(self.bands) * len(self.columns))
-        if self.dtype.kind == "f":
-            return made.astype(self.dtype)
-        return (made * np.iinfo(self.dtype).max).round().astype(self.dtype)
+        return as_dtype(made, self.dtype)
 
     def parts(self) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
         """All parts with their areas in pixels of the result, from top to bottom and left to right."""
@@ -120,13 +120,13 @@ class Upscaled:
         first, last, step = rows.indices(self.shape[0])
         if step != 1:
             raise ValueError(f"Rows come one after the other, got a step of {step}.")
-        made, tall, at = np.empty((max(last - first, 0), *self.shape[1:]), self.dtype), self.side * self.scale, first
+        made, at = np.empty((max(last - first, 0), *self.shape[1:]), self.dtype), first
         while at < last:
-            number = at // tall
+            number = at // self.tall
             if number != self.band[0]:
                 self.band = (-1, None)  # let go of before the next is made
                 self.band = (number, self.make_band(number))
-            taken = self.band[1][at - number * tall : last - number * tall]
+            taken = self.band[1][at - number * self.tall : last - number * self.tall]
             made[at - first : at - first + len(taken)] = taken
             at += len(taken)
         return made
@@ -138,6 +138,81 @@ class Upscaled:
             _, columns = enlarged((kept_rows, kept_columns), self.scale)
             band[:, columns] = self.part((seen_rows, seen_columns), (kept_rows, kept_columns))
         return band
+
+
+class Resized:
+    """Rows of an upscaled picture at another size, with `shape`, `dtype` and `[first:last]` as [`Upscaled`].
+
+    The same to the bit as the pipeline's own resize of the whole picture. Rows are asked for from top to bottom, and
+    those of the upscaled picture that a later row may need stay in memory.
+
+    Args:
+        rows ([`Upscaled`]): is taken over, and makes floats from now on.
+        size: height and width of the result.
+    """
+
+    def __init__(self, rows: Upscaled, size: tuple[int, int]):
+        self.rows, self.dtype, self.shape = rows, rows.dtype, (*size, *rows.shape[2:])
+        self.ndim, self.nbytes = len(self.shape), math.prod(self.shape) * self.dtype.itemsize
+        rows.dtype = np.dtype(np.float32)  # rounded once, at the end
+        (height, width), (new_height, new_width) = rows.shape[:2], size
+        self.tall = max(1, rows.tall * new_height // height)  # rows of about a band
+        self.down = lanczos_taps(height, new_height) if height != new_height else None
+        self.across = lanczos_taps(width, new_width) if width != new_width else None
+        self.first, self.held = 0, torch.empty(0, new_width, *self.shape[2:])  # rows, from which one on
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        first, last, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"Rows come one after the other, got a step of {step}.")
+        if last <= first:
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        if self.down is None:
+            made = self.source_rows(first, last)
+        else:
+            places, weights = (each[first:last] for each in self.down)
+            top, bottom = int(places.min()), int(places.max()) + 1
+            made = resampled(self.source_rows(top, bottom), places - top, weights, 0)
+        return as_dtype(made.clamp(0, 1).numpy(), self.dtype)
+
+    def source_rows(self, first: int, last: int) -> torch.Tensor:
+        """Rows of the upscaled picture, at the width of the result."""
+        if first < self.first:  # back to rows that were let go of
+            self.first, self.held = first, self.held[:0]
+        self.first, self.held = first, self.held[first - self.first :].clone()
+        made = torch.from_numpy(self.rows[first + len(self.held) : last])
+        if self.across is not None:
+            made = resampled(made, *self.across, 1)
+        self.held = torch.cat([self.held, made])
+        return self.held[: last - first]
+
+
+def upscaled(
+    reader: Any,
+    pipe: DiffusionPipeline,
+    outscale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    **options,
+) -> Upscaled | Resized:
+    """A picture whose rows are upscaled as they are asked for, at the network's scale or at another size.
+
+    Args:
+        reader, pipe, options: as for [`Upscaled`].
+        outscale, height, width: as in the pipeline's call.
+
+    Raises:
+        ValueError: for a reader, a size or limits that cannot be, before any work.
+    """
+    size = OutputSize(pipe.scale_factor, outscale, height, width)
+    rows = Upscaled(reader, pipe, **options)
+    wanted = size.of(*rows.reader.shape[:2])
+    return rows if wanted == rows.shape[:2] else Resized(rows, wanted)
+
+
+def as_dtype(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """[0, 1] as floats, or as the levels of an integer type."""
+    return pixels.astype(dtype) if dtype.kind == "f" else (pixels * np.iinfo(dtype).max).round().astype(dtype)
 
 
 def widened(span: slice, size: int, least: int) -> slice:
@@ -157,7 +232,7 @@ def stream(reader: Any, writer: Any, pipe: DiffusionPipeline, **options) -> None
         writer: anything of the shape of the result that takes `writer[y0:y1, x0:x1] = pixels`, such as a numpy
             memmap, a Zarr or an HDF5 array; or a function that is called with rows `(rows, W[, c])` from top to
             bottom. Pixels have the dtype of the reader.
-        pipe, options: as for [`Upscaled`].
+        pipe, options: as for [`upscaled`].
 
     Raises:
         ValueError: for a reader, a writer or limits that cannot be, before any work.
@@ -169,7 +244,7 @@ def stream(reader: Any, writer: Any, pipe: DiffusionPipeline, **options) -> None
         >>> large = np.memmap("large.raw", np.uint8, "w+", shape=(20000, 16000, 3))  # doctest: +SKIP
         >>> flowsr.stream(small, large, pipe, seed=1)  # doctest: +SKIP
     """
-    result = Upscaled(reader, pipe, **options)
+    result = upscaled(reader, pipe, **options)
     if not callable(writer):
         found = (tuple(getattr(writer, "shape", ())), np.dtype(getattr(writer, "dtype", result.dtype)))
         if found != (result.shape, result.dtype):
@@ -177,12 +252,16 @@ def stream(reader: Any, writer: Any, pipe: DiffusionPipeline, **options) -> None
                 f"`writer` must have shape {result.shape} and dtype {result.dtype}, or be a function that takes rows; "
                 f"got shape {found[0]} and dtype {found[1]}."
             )
-        for area, pixels in result.parts():
-            writer[area] = pixels
-        return
-    tall = result.side * result.scale
-    for start in range(0, result.shape[0], tall):
-        writer(result[start : start + tall])
+        if isinstance(result, Upscaled):
+            for area, pixels in result.parts():
+                writer[area] = pixels
+            return
+    for start in range(0, result.shape[0], result.tall):
+        rows = result[start : start + result.tall]
+        if callable(writer):
+            writer(rows)
+        else:
+            writer[start : start + len(rows), 0 : rows.shape[1]] = rows
 
 
 def has_parts(pipe: DiffusionPipeline) -> bool:

@@ -27,7 +27,9 @@ from flowsr.files import (
     write_file,
 )
 from flowsr.loading import load_upscaler
-from flowsr.streaming import Upscaled, has_parts
+from flowsr.picture_file import PictureFile
+from flowsr.pipelines.output_size import OutputSize
+from flowsr.streaming import Resized, Upscaled, has_parts, upscaled
 
 
 class Upscaler:
@@ -52,6 +54,8 @@ class Upscaler:
 
     def __init__(self, pipe: DiffusionPipeline | str | os.PathLike, seed: int = 0, **options):
         self.pipe = load_upscaler(pipe) if isinstance(pipe, (str, os.PathLike)) else pipe
+        if {"outscale", "height", "width"} & options.keys():
+            raise ValueError("An Upscaler has one `scale`, that of its network; resize what it returns.")
         self.seed, self.options = seed, call_options(self.pipe, **options)
 
     @property
@@ -132,7 +136,7 @@ def upscale_file(
         compare_to (`Path`, *optional*): also write `bicubic | upscaled` of the first frame into this file.
         model (`str`, *optional*): name to write into the file with how the picture was made; nothing without.
         quality (`int` in 1..100, *optional*): of lossy compression.
-        max_pixels (`int`): of the result, all frames together.
+        max_pixels (`int`): of the network's result and of the resized one, all frames together.
         max_memory (`int`, *optional*): bytes for the network's work on a part of a picture, where it has parts
             ([`has_parts`]); by default half of what is free.
         stream: to write to instead of a file.
@@ -147,27 +151,30 @@ def upscale_file(
         ValueError: for a file that cannot be read or written, naming it; before any work where that can be known.
     """
 
-    def enlarge(pixels: np.ndarray) -> np.ndarray | Upscaled:
+    def enlarge(pixels: np.ndarray) -> np.ndarray | Upscaled | Resized:
         if has_parts(pipe):
-            parts = Upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **options)
+            parts = upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **options)
             return parts if by_rows else parts[:]
         generator = torch.Generator().manual_seed(seed)
         return pipe(pixels, generator=generator, output_type="np", **options).images[0]
 
     scale = pipe.scale_factor
+    size = OutputSize(scale, *(options.get(name) for name in ("outscale", "height", "width")))
     picture = read_file(source, max_pixels // scale**2)
+    check_pixels(picture, size, max_pixels, source)
     if model is not None:
         facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale, "seed": seed}
         names = {"num_inference_steps": "steps", "fidelity": "fidelity", "consistency": "consistency"}
         facts |= {short: options[name] for name, short in names.items() if options.get(name) is not None}
+        facts |= resize_facts(picture, size)
         picture = with_provenance(picture, facts)
     if stream is not None and not target.suffix:
         target = target.with_name(f"{target.name}{picture.suffix}")
-    for note in picture.notes + check_target(picture, target, scale, quality):
+    for note in picture.notes + check_target(picture, target, size.of, quality):
         say(note)
     single = len(picture.frames) == 1 and not picture.cmyk and compare_to is None
     by_rows = single and format_of(target).name in ("PNG", "TIFF")
-    large = picture.enlarged(enlarge, scale)
+    large = picture.enlarged(enlarge)
     if stream is None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_file(large, target, quality)
@@ -179,6 +186,27 @@ def upscale_file(
         bicubic = as_rgb(picture).resize((width, height), PIL.Image.BICUBIC)
         save_picture(side_by_side([bicubic, as_rgb(large)]), compare_to)
     return width, height
+
+
+def check_pixels(picture: PictureFile, size: OutputSize, max_pixels: int, source: str | Path) -> None:
+    """Raises a ValueError for a result of more than `max_pixels`, all frames together."""
+    sizes = [size.of(*frame.shape[:2]) for frame in picture.frames]
+    pixels = sum(height * width for height, width in sizes)
+    if pixels > max_pixels:
+        height, width = sizes[0]
+        raise ValueError(
+            f"{source}: the result of {width}x{height} would have {pixels:,} pixels, at most {max_pixels:,} are made; "
+            "ask for a smaller size, or raise `--max-pixels`."
+        )
+
+
+def resize_facts(picture: PictureFile, size: OutputSize) -> dict[str, str]:
+    """What is written into a file of a picture that is not as large as the network makes it."""
+    height, width = picture.frames[0].shape[:2]
+    made = size.of(height, width)
+    if made == (height * size.scale, width * size.scale):
+        return {}
+    return {"size": f"{made[1]}x{made[0]}", "resize": "Lanczos"}
 
 
 def side_by_side(images: list[PIL.Image.Image]) -> PIL.Image.Image:

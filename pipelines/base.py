@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .consistency import make_consistent
 from .image_processor import Batch, InputImage, write_images
+from .output_size import OutputSize
 from .tiling import predict
 
 # What fits what. The constructors ask, and each call, as a component can be swapped.
@@ -333,14 +334,32 @@ class SRPipelineMixin(PipelineMixin):
         """The image in [-1, 1] that a final state means; `lr` as in `conditions`."""
         return self.from_data_range(x_t)
 
+    def output_size(
+        self, outscale: float | None, height: int | None, width: int | None, output_type: str
+    ) -> OutputSize:
+        """Raises a ValueError for what is no size, and for a latent, which has one size alone."""
+        size = OutputSize(self.scale_factor, outscale, height, width)
+        if output_type == "latent" and size != OutputSize(self.scale_factor):
+            raise ValueError(
+                "`outscale`, `height` and `width` resize a finished image; leave them with `output_type='latent'`."
+            )
+        return size
+
     def write(
-        self, batch: Batch, x_t: torch.Tensor, lr: torch.Tensor, consistency: str | None, output_type: str
+        self,
+        batch: Batch,
+        x_t: torch.Tensor,
+        lr: torch.Tensor,
+        consistency: str | None,
+        output_type: str,
+        size: OutputSize,
     ) -> list:
         """The outputs of a batch, in the kinds of its images and those of one image next to each other.
 
         Args:
             x_t (`torch.Tensor` of shape `(outputs, 3, scale * h, scale * w)`): the final states.
             lr (`torch.Tensor` of shape `(outputs, 3, h, w)`): as in `conditions`.
+            size ([`OutputSize`]): to be resized to, once the image agrees with its LR.
         """
         check_finite(x_t, self.unet)
         if output_type == "latent":
@@ -349,4 +368,7 @@ class SRPipelineMixin(PipelineMixin):
         if consistency is not None:
             hr = make_consistent(hr, self.from_data_range(lr), self.scale_factor, consistency)
         outputs = ((hr.float() + 1) / 2).split(len(hr) // len(batch.images))
-        return [made for image, each in zip(batch.images, outputs) for made in write_images(each, output_type, image)]
+        size = size.of(*lr.shape[-2:])
+        return [
+            made for image, each in zip(batch.images, outputs) for made in write_images(each, output_type, image, size)
+        ]

@@ -10,6 +10,8 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
+from .output_size import resize
+
 BATCH_PIXELS = 2**20  # LR pixels of the outputs of a batch, at most: they bound its memory
 
 
@@ -157,11 +159,14 @@ def batches(images: list[InputImage], copies: int) -> list[Batch]:
     return [Batch(group, slice(i, j), slice(i * copies, j * copies)) for group, i, j in spans]
 
 
-def write_images(pixels: torch.Tensor, output_type: str, image: InputImage | None = None) -> list:
+def write_images(
+    pixels: torch.Tensor, output_type: str, image: InputImage | None = None, size: tuple[int, int] | None = None
+) -> list:
     """`n` outputs as `output_type` has it, and in the kind of an input image where there is one.
 
     Args:
         pixels (`torch.Tensor` of shape `(n, c, H, W)`): 0 is black and 1 is white; clamped.
+        size (`tuple[int, int]`, *optional*): height and width to be resized to, alpha too.
     """
     pixels = pixels.clamp(0, 1)
     if image is not None and image.grey:
@@ -169,6 +174,8 @@ def write_images(pixels: torch.Tensor, output_type: str, image: InputImage | Non
     if image is not None and image.alpha is not None:
         alpha = F.interpolate(image.alpha, size=pixels.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
         pixels = torch.cat([pixels, alpha.to(pixels.device).expand(len(pixels), -1, -1, -1)], dim=1)
+    if size is not None:
+        pixels = resize(pixels, size)
     if output_type == "pt":
         return list(pixels)
     arrays = list(pixels.cpu().permute(0, 2, 3, 1).numpy())

@@ -95,8 +95,11 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        outscale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Upscales; each output is exactly `scale_factor` times its input.
+        """Upscales; each output is exactly `scale_factor` times its input, or of the size that is asked for.
 
         Args:
             image: as for [`FlowMatchSRPipeline`]: PIL of any mode, arrays and tensors, or a list of these.
@@ -104,7 +107,7 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
                 HeunDiscreteScheduler). `num_evaluations` holds the number afterwards.
             eta (`float` in [0, 1]): noise in each step of DDIM, from none to that of DDPM (Song et al. 2021, eq. 16).
             consistency, guidance_scale, num_images_per_prompt, generator, tile, return_dict, callback_on_step_end,
-                callback_on_step_end_tensor_inputs: as for [`FlowMatchSRPipeline`].
+                callback_on_step_end_tensor_inputs, outscale, height, width: as for [`FlowMatchSRPipeline`].
             latents (`torch.Tensor` of shape `(outputs, c, scale * h, scale * w)`, *optional*): standard normal
                 noise to start from instead of a draw.
             prompt_embeds (`torch.Tensor` of shape `(images, tokens, cross_attention_dim)`, *optional*): context
@@ -119,6 +122,7 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         images = read_images(image)
+        size = self.output_size(outscale, height, width, output_type)
         check_diffusion(self)
         step_takes = inspect.signature(self.scheduler.step).parameters
         if eta != 0 and "eta" not in step_takes:
@@ -165,7 +169,7 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
                 )  # fmt: skip
 
                 # 3. The image, its agreement with the LR, and back into the kind that came.
-                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type)
+                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type, size)
 
         self.maybe_free_model_hooks()
         outputs = stack_if_equal(outputs, output_type)

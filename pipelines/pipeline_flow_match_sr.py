@@ -92,8 +92,11 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         class_labels: int | list[int] | torch.Tensor | None = None,
         corner: tuple[int, int] = (0, 0),
+        outscale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Upscales; each output is exactly `scale_factor` times its input.
+        """Upscales; each output is exactly `scale_factor` times its input, or of the size that is asked for.
 
         Args:
             image: PIL image of any mode (given back in that mode, with alpha, ICC profile and EXIF); array `(h, w)`,
@@ -128,6 +131,10 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
                 0..num_class_embeds - 1, for a network that knows classes; without, no class.
             corner (`tuple[int, int]`): row and column in LR pixels of the first pixel of each image, which is a part
                 of a larger one. Beyond `halo` pixels from where it was cut, the output is that of the larger image.
+            outscale (`float`, *optional*), height, width (`int`, *optional*): size of the outputs: that many output
+                pixels per input pixel, or that many pixels; one side alone keeps the proportions. The finished image
+                of `scale_factor` times the input is resized by Lanczos' kernel, antialiased; beyond `scale_factor`
+                that adds pixels and no detail.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
@@ -136,6 +143,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             ValueError, TypeError: for input that cannot be right, before any work.
         """
         images = read_images(image)
+        size = self.output_size(outscale, height, width, output_type)
         check_flow(self)
         check_solver(solver, rtol, atol, callback_on_step_end)
         check_fidelity(fidelity)
@@ -193,7 +201,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
                 )  # fmt: skip
 
                 # 3. Agreement with the LR, and back into the kind of image that came.
-                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type)
+                outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type, size)
 
         self.maybe_free_model_hooks()
         outputs = stack_if_equal(outputs, output_type)

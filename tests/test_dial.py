@@ -76,12 +76,12 @@ def test_heat_is_black_where_nothing_was_invented_and_white_from_a_fixed_differe
 
 
 def test_a_smaller_output_has_its_size_and_resolution(ends):
-    ends.source.resolution = (72.0, 72.0)
-    half = resized(ends.vivid, ends.source, 2)
+    ends.vivid.resolution = (288.0, 288.0)
+    half = resized(ends.vivid, (32, 40))
     assert half.frames[0].shape == (32, 40, 3) and half.resolution == (144.0, 144.0)
-    assert resized(ends.vivid, ends.source, 4) is ends.vivid
+    assert resized(ends.vivid, (64, 80)) is ends.vivid
     flat = PictureFile([np.full((64, 80, 3), 40000, np.uint16)])
-    assert np.array_equal(resized(flat, ends.source, 3).frames[0], np.full((48, 60, 3), 40000))
+    assert np.array_equal(resized(flat, (48, 60)).frames[0], np.full((48, 60, 3), 40000))
 
 
 def test_a_picture_without_a_dial_or_of_several_frames_is_refused():

@@ -22,6 +22,7 @@ from flowsr import files, picture_reader
 from flowsr.cli import main
 from flowsr.files import FORMATS, PictureFile, UnreadableError, check_target, read_file, with_provenance, write_file
 from flowsr.picture_file import NAMESPACE, WRITTEN, bleed, held, update_exif
+from flowsr.pipelines.output_size import OutputSize
 
 DOCS = Path(__file__).parents[1] / "docs/files.md"
 
@@ -198,7 +199,7 @@ def test_each_format_keeps_what_the_table_says(tmp_path, format):
     skip_without_plugin(format)
     picture, path = rich(), tmp_path / f"a{format.suffixes[0]}"
     notes = check_target(picture, path)
-    write_file(picture.enlarged(repeated, 4), path)
+    write_file(picture.enlarged(repeated), path)
     with PIL.Image.open(path) as image:  # Pillow's reading, not ours
         image.load()
         assert image.size == (48, 32)
@@ -315,7 +316,7 @@ def test_a_turned_picture_comes_upright_with_all_its_metadata(tmp_path, suffix):
 
 def test_exif_keeps_every_byte_but_the_numbers_that_changed():
     before = exif(6).removeprefix(b"Exif\0\0")
-    after = update_exif(before, (48, 32), 4)
+    after = update_exif(before, (48, 32), (4, 4))
     assert len(after) == len(before)
     assert sum(a != b for a, b in zip(after, before)) < 24
     assert b"maker\0note" in after
@@ -340,7 +341,7 @@ def test_no_dark_fringe_around_a_bright_disk_on_transparent_black(dtype):
     disk[alpha > 0] = [1.0, 0.8, 0.2, 0]
     disk[..., 3] = alpha
     levels = (disk * top).round().astype(dtype)
-    large = PictureFile([levels]).enlarged(bicubic, 4).frames[0] / top
+    large = PictureFile([levels]).enlarged(bicubic).frames[0] / top
     seen = large[..., 3] > 0
     assert np.abs(large[seen][:, :3] - [1.0, 0.8, 0.2]).max() < 0.01
     fringed = bicubic(levels)
@@ -363,7 +364,7 @@ def test_bleeding_leaves_all_that_can_be_seen_and_takes_colour_from_beside_it():
 
 def test_ink_is_upscaled_as_ink(tmp_path):
     levels = random_levels(6, 5, 4, np.uint8)
-    large = PictureFile([levels], cmyk=True).enlarged(repeated, 4)
+    large = PictureFile([levels], cmyk=True).enlarged(repeated)
     assert np.array_equal(large.frames[0][::4, ::4], levels)
     write_file(large, tmp_path / "a.tif")
     with PIL.Image.open(tmp_path / "a.tif") as image:
@@ -389,7 +390,7 @@ def moving(alpha=False):
 @pytest.mark.parametrize("alpha", [False, True])
 def test_animations_come_frame_by_frame(tmp_path, format, alpha):
     picture, path = moving(alpha), tmp_path / f"a{format.suffixes[0]}"
-    write_file(picture.enlarged(repeated, 4), path)
+    write_file(picture.enlarged(repeated), path)
     again = read_file(path)
     assert again.durations == picture.durations
     assert again.loop == (0 if format.name == "AVIF" else 2)  # Pillow's AVIF plays for ever
@@ -562,8 +563,8 @@ def test_long_names_are_written_or_refused_before_any_work(checkpoint, tmp_path,
 def test_results_too_large_for_their_format_are_refused():
     wide = PictureFile([np.zeros((1, 4097, 3), np.uint8)])
     with pytest.raises(ValueError, match="WEBP cannot hold 16388x4; at most 16383"):
-        check_target(wide, "a.webp", scale=4)
-    check_target(wide, "a.jpg", scale=4)
+        check_target(wide, "a.webp", OutputSize(4).of)
+    check_target(wide, "a.jpg", OutputSize(4).of)
     slow = PictureFile([np.zeros((2, 2, 3), np.uint8)] * 2, durations=[1.0, 70001.0])
     with pytest.raises(ValueError, match="PNG cannot hold a frame of 70001 ms"):
         check_target(slow, "a.png")

@@ -135,7 +135,7 @@ def judge(data: bytes, path: Path) -> bool:
     for frame in picture.frames:
         assert frame.ndim == 3
         assert frame.dtype in (np.uint8, np.uint16)
-    same = picture.enlarged(lambda pixels: pixels / np.iinfo(pixels.dtype).max, 1)
+    same = picture.enlarged(lambda pixels: pixels / np.iinfo(pixels.dtype).max)
     suffixes = (".png", ".jpg", ".webp", ".tif", ".avif", ".jp2", ".bmp")
     target = path.with_name("out" + suffixes[zlib.crc32(data) % len(suffixes)])
     try:
