@@ -27,6 +27,7 @@ examples:
   flowsr upscale photos/ old.jpg -o large/ --compare
   flowsr upscale small.png -o large.png --fidelity 1 --consistency exact
   flowsr upscale small.png -o large.png --checkpoint me/my-upscaler --device cuda --dtype float16
+  flowsr upscale photos/ -o large/ --width 1920
   flowsr upscale photos/ -o large/ --quiet --json""",
     "evaluate": """\
 examples:
@@ -121,6 +122,9 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by paths")
     it.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
     it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
+    it.add_argument("--outscale", type=float, help="size of the result, times the input (default: the network's)")
+    it.add_argument("--width", type=int, help="of the result in pixels; alone, the proportions stay")
+    it.add_argument("--height", type=int, help="of the result in pixels; alone, the proportions stay")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
     it.add_argument("--quiet", action="store_true", help="print errors alone")
@@ -174,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
 def upscale(options: argparse.Namespace) -> int:
     from flowsr.files import MAX_PIXELS
     from flowsr.folders import Done, find_tree, in_shard
+    from flowsr.pipelines.output_size import OutputSize
 
     max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
     if max_pixels < 1:
@@ -187,7 +192,9 @@ def upscale(options: argparse.Namespace) -> int:
     inputs, targets = [path for path, _ in found], plan_targets(found, options)
     if not options.skip_existing:
         refuse_existing(targets, options)
+    size = {name: value for name in ("outscale", "width", "height") if (value := getattr(options, name)) is not None}
     pipe = pipeline_of(options)
+    OutputSize(pipe.scale_factor, **size)  # refuses what is no size, once for all pictures
     done = None
     if options.skip_existing:
         if targets == [Path(options.output)]:
@@ -207,6 +214,7 @@ def upscale(options: argparse.Namespace) -> int:
         num_inference_steps=options.steps,
         consistency=options.consistency,
         tile=(None if has_parts(pipe) else 256) if options.tile is None else options.tile or None,
+        **size,
     )
     if options.dry_run:
         return dry_run(pipe, inputs, options, max_pixels, call)
@@ -304,7 +312,8 @@ def deciding(options: argparse.Namespace, pipe) -> dict:
     """All that a result depends on beside its picture."""
     from flowsr.folders import digest_of_pipeline
 
-    names = "steps fidelity consistency tile seed dtype format suffix quality compare no_provenance".split()
+    names = "steps fidelity consistency tile seed dtype outscale width height".split()
+    names += "format suffix quality compare no_provenance".split()
     return {"version": flowsr.__version__, "pipeline": digest_of_pipeline(pipe)} | {
         n: getattr(options, n) for n in names
     }

@@ -151,6 +151,7 @@ GIVEN = {
             "writer": lambda: np.zeros((96, 128, 3), np.uint8),
         },
     },
+    "docs/sizes.md": {"files": [photo("photo.png"), photos("photos")]},
     "docs/sharing.md": {"files": [pairs("Set5")]},
     "docs/training.md": {"files": [photos("PHOTOS", 96, 96), lpips_weights], "names": {"crops": crops}},
 }
