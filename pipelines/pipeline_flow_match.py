@@ -27,7 +27,7 @@ class FlowMatchPipeline(SelfContainedMixin, FlowMixin, PipelineMixin, DiffusionP
 
     Args:
         unet ([`UNetSRModel`] with `lr_channels=None`): called as `unet(x_t, timestep, class_labels=...)`.
-        scheduler ([`FlowMatchSREulerScheduler`] with `source="noise"`).
+        scheduler ([`FlowMatchSREulerScheduler`]): with `source="noise"`.
         sample_size (`list[int]`): height and width that the network was trained for, in pixels.
         data_range (`list[float]`): black and white as network and flow see them.
 

@@ -1,13 +1,16 @@
 """What README.md and docs/ tell a reader to type works: their blocks are run from top to bottom, page by page.
 
-Each page has a folder with what GIVEN names in it; the Python blocks of a page share their names, as in one session.
-`flowsr ...` runs in this process, trainings run for two steps. A block below `<!-- not run: REASON -->` is not run;
-its commands are still read by their parsers.
+Each page has a folder with the files of EVERYWHERE and GIVEN. The Python blocks of a page share their names, as in one
+session. `flowsr ...` runs in this process, trainings run for two steps. A block below `<!-- not run: REASON -->` is
+not run; its commands are still read by their parsers.
 """
 
+import importlib.util
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -128,19 +131,11 @@ def saved(name: str):
     return lambda folder: pipeline().save_pretrained(folder / name)
 
 
+EVERYWHERE = [photo("photo.png"), photo("photo.jpg"), photo("photo.tif"), photo("small.png"), photo("old.jpg")]
+EVERYWHERE += [photos("photos"), photos("PHOTOS", 96, 96), pairs("Set5"), lpips_weights]
 GIVEN = {
-    "README.md": {
-        "files": [photo("small.png"), photo("old.jpg"), photos("photos"), pairs("Set5"), photos("PHOTOS", 96, 96)]
-        + [lpips_weights],
-    },
-    "docs/converting.md": {"files": [photo("photo.png"), saved("PIPELINE")]},
-    "docs/dial.md": {"files": [photo("photo.png")]},
-    "docs/files.md": {"files": [photo("photo.tif")]},
-    "docs/index.md": {"files": [photo("photo.jpg")]},
-    "docs/own_photos.md": {"files": [photo("photo.png"), photos("PHOTOS", 96, 96), lpips_weights]},
-    "docs/page.md": {"files": [photo("photo.png")]},
+    "docs/converting.md": {"files": [saved("PIPELINE")]},
     "docs/scale.md": {
-        "files": [photos("photos")],
         "names": {
             "pipe": pipeline,
             "image": lambda: np.random.default_rng(0).random((130, 140, 3)),
@@ -151,9 +146,7 @@ GIVEN = {
             "writer": lambda: np.zeros((96, 128, 3), np.uint8),
         },
     },
-    "docs/sizes.md": {"files": [photo("photo.png"), photos("photos")]},
-    "docs/sharing.md": {"files": [pairs("Set5")]},
-    "docs/training.md": {"files": [photos("PHOTOS", 96, 96), lpips_weights], "names": {"crops": crops}},
+    "docs/training.md": {"names": {"crops": crops}},
 }
 
 
@@ -189,7 +182,7 @@ def test_the_blocks_of_a_page_run_from_top_to_bottom(page, shell, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for write in given.get("files", ()):
+    for write in [*EVERYWHERE, *given.get("files", ())]:
         write(tmp_path)
     names = {name: make() for name, make in given.get("names", {}).items()}
     for block in blocks_of(page):
@@ -203,6 +196,17 @@ def test_the_blocks_of_a_page_run_from_top_to_bottom(page, shell, tmp_path, monk
                     shell(words, tmp_path)
                 except (AssertionError, ValueError, SystemExit) as error:
                     pytest.fail(f"{block}: {shlex.join(words)}\n{error}")
+
+
+def test_the_site_builds(tmp_path):
+    """Every page is in the navigation, every link and anchor leads somewhere, every docstring of the API is read."""
+    needed = ("mkdocs", "material", "mkdocstrings")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"the site needs {', '.join(missing)}: pip install '.[docs]', or `make docs`")
+    call = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d"]
+    done = subprocess.run([*call, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "num_inference_steps" in (tmp_path / "api/index.html").read_text()
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
