@@ -27,7 +27,7 @@ examples:
   flowsr upscale photos/ old.jpg -o large/ --compare
   flowsr upscale small.png -o large.png --fidelity 1 --consistency exact
   flowsr upscale small.png -o large.png --checkpoint me/my-upscaler --device cuda --dtype float16
-  flowsr upscale photos/ -o large/ --width 1920
+  flowsr upscale photos/ -o large/ --width 1920 --checkpoint auto
   flowsr upscale photos/ -o large/ --quiet --json""",
     "evaluate": """\
 examples:
@@ -90,14 +90,15 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    def checkpoint_option(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--checkpoint", default="x4", help="bundled name, folder, single file or Hub id (default: x4)")
+    def checkpoint_option(to: argparse.ArgumentParser, more: str = "") -> None:
+        kinds = f"bundled name, folder, single file or Hub id{more} (default: x4)"
+        to.add_argument("--checkpoint", default="x4", help=kinds)
 
     def device_option(to: argparse.ArgumentParser) -> None:
         to.add_argument("--device", default="auto", help="torch device; auto: a GPU where there is one (default)")
 
-    def flow_options(to: argparse.ArgumentParser) -> None:
-        checkpoint_option(to)
+    def flow_options(to: argparse.ArgumentParser, more_checkpoints: str = "") -> None:
+        checkpoint_option(to, more_checkpoints)
         device_option(to)
         to.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
         to.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
@@ -129,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
     it.add_argument("--quiet", action="store_true", help="print errors alone")
     it.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
-    flow_options(it)
+    flow_options(it, "; auto: x4, or x4-real for JPEGs and noise")
 
     it = command(evaluate, "Measure on a folder of pictures: PSNR-Y, SSIM-Y, LPIPS, LR-PSNR.")
     it.add_argument("hr", help="folder of high-resolution pictures")
@@ -193,19 +194,22 @@ def upscale(options: argparse.Namespace) -> int:
     if not options.skip_existing:
         refuse_existing(targets, options)
     size = {name: value for name in ("outscale", "width", "height") if (value := getattr(options, name)) is not None}
-    pipe = pipeline_of(options)
+    models = models_of(options)
+    pipe = next(iter(models.values()))
     OutputSize(pipe.scale_factor, **size)  # refuses what is no size, once for all pictures
     done = None
     if options.skip_existing:
         if targets == [Path(options.output)]:
             raise ValueError(f"`--skip-existing` needs a folder of results, `-o {options.output}` is one file.")
-        done = Done(Path(options.output), deciding(options, pipe), options.shard)
+        done = Done(Path(options.output), deciding(options, models), options.shard)
         left = [(path, target) for path, target in zip(inputs, targets) if not done.has(path, target)]
         skipped, (inputs, targets) = len(inputs) - len(left), zip(*left) if left else ((), ())
         refuse_existing(targets, options)
     from tqdm import tqdm
 
+    from flowsr.files import read_file
     from flowsr.streaming import has_parts
+    from flowsr.suitability import advise
     from flowsr.upscaler import call_options, upscale_file
 
     call = call_options(
@@ -218,7 +222,6 @@ def upscale(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         return dry_run(pipe, inputs, options, max_pixels, call)
-    model = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
     printed = sys.stderr if streamed else sys.stdout
     failures = []
     bar = tqdm(list(zip(inputs, targets)), unit="picture", disable=True if options.quiet else None)
@@ -231,24 +234,32 @@ def upscale(options: argparse.Namespace) -> int:
         bar.set_description(source.name)
         bar.set_postfix_str("")
         report, start = {"input": str(source)}, time.perf_counter()
-        work = partial(
-            upscale_file,
-            pipe,
-            source,
-            target,
-            seed=options.seed,
-            compare_to=compare_path(target) if options.compare else None,
-            model=None if options.no_provenance else model,
-            quality=options.quality,
-            max_pixels=max_pixels,
-            max_memory=options.max_memory,
-            progress=inside,
-            stream=sys.stdout.buffer if streamed else None,
-            say=lambda note, source=source: bar.write(f"flowsr: {source}: {note}.", file=sys.stderr),
-        )
+
+        def say(note: str, source: Path = source) -> None:
+            bar.write(f"flowsr: {source}: {note}.", file=sys.stderr)
+
         try:
             if done is not None:
                 done.begin(source, target)
+            picture = read_file(source, max_pixels // pipe.scale_factor**2)
+            report["model"], advice = advise(picture, options.checkpoint, list(models))
+            if advice and not options.quiet:
+                say(advice)
+            work = partial(
+                upscale_file,
+                models[report["model"]],
+                picture,
+                target,
+                seed=options.seed,
+                compare_to=compare_path(target) if options.compare else None,
+                model=None if options.no_provenance else report["model"],
+                quality=options.quality,
+                max_pixels=max_pixels,
+                max_memory=options.max_memory,
+                progress=inside,
+                stream=sys.stdout.buffer if streamed else None,
+                say=say,
+            )
             try:
                 width, height = work(**call)
             except (MemoryError, RuntimeError) as error:
@@ -258,7 +269,7 @@ def upscale(options: argparse.Namespace) -> int:
             else:
                 retried = None
             if retried:  # outside of the handler, whose traceback holds what the first try had made
-                bar.write(f"flowsr: {source}: {retried}.", file=sys.stderr)
+                say(retried)
                 width, height = work(**call | {"tile": SMALL_TILE})
             seconds = round(time.perf_counter() - start, 3)
             report |= {"output": str(target), "width": width, "height": height, "seconds": seconds}
@@ -308,13 +319,13 @@ def dry_run(pipe, inputs: list[Path], options: argparse.Namespace, max_pixels: i
     return 1 if failures else 0
 
 
-def deciding(options: argparse.Namespace, pipe) -> dict:
+def deciding(options: argparse.Namespace, models: dict) -> dict:
     """All that a result depends on beside its picture."""
     from flowsr.folders import digest_of_pipeline
 
     names = "steps fidelity consistency tile seed dtype outscale width height".split()
     names += "format suffix quality compare no_provenance".split()
-    return {"version": flowsr.__version__, "pipeline": digest_of_pipeline(pipe)} | {
+    return {"version": flowsr.__version__, "pipeline": "+".join(map(digest_of_pipeline, models.values()))} | {
         n: getattr(options, n) for n in names
     }
 
@@ -411,7 +422,17 @@ def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
 
 
-def pipeline_of(options: argparse.Namespace):
+def models_of(options: argparse.Namespace) -> dict:
+    """Pipelines by the names of their checkpoints: one, or for `auto` those among which each picture chooses."""
+    from flowsr.suitability import CLEAN, REAL, ships
+
+    if options.checkpoint == "auto":
+        return {name: pipeline_of(options, name) for name in (CLEAN, REAL) if ships(name)}
+    name = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
+    return {name: pipeline_of(options)}
+
+
+def pipeline_of(options: argparse.Namespace, checkpoint: str | None = None):
     """The pipeline of `--checkpoint`, `--device` and `--dtype`, which prints nothing but errors."""
     import torch
     from diffusers.utils import logging
@@ -421,7 +442,7 @@ def pipeline_of(options: argparse.Namespace):
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what matters comes as an error
     dtype = getattr(options, "dtype", None)
-    pipe = load_upscaler(options.checkpoint, options.device, dtype and getattr(torch, dtype))
+    pipe = load_upscaler(checkpoint or options.checkpoint, options.device, dtype and getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -272,7 +272,7 @@ class Page:
         outscale = self.scale if outscale is None else outscale  # an empty field
         try:
             size = OutputSize(self.scale, outscale)
-            check_pixels(source, size, self.max_pixels, name)
+            check_pixels(source, size, self.max_pixels)
         except ValueError as error:
             raise self.refusal(error, name) from error
         made = {"software": f"flowsr {flowsr.__version__}", "model": self.model, "scale": self.scale, "seed": seed}

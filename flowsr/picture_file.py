@@ -87,6 +87,7 @@ class PictureFile:
         resolution: pixels per inch, across and down.
         colour_space: chunks of a PNG by their names.
         segments: of a JPEG, as they are: IPTC, and XMP beyond 64 KB.
+        quantization: tables of a JPEG, in zigzag or natural order, by their numbers; they are not written.
         durations: of the frames, ms; empty for pages.
         loop: how often an animation plays; 0 for ever.
     """
@@ -103,6 +104,7 @@ class PictureFile:
     resolution: tuple[float, float] | None = None
     colour_space: dict[bytes, bytes] = field(default_factory=dict)
     segments: bytes = b""
+    quantization: dict[int, list[int]] = field(default_factory=dict)
     durations: list[float] = field(default_factory=list)
     loop: int = 0
 

@@ -136,7 +136,7 @@ def open_image(data: bytes, frame: int = 0) -> PIL.Image.Image:
 
 def decode(data: bytes, max_pixels: int) -> PictureFile:
     image = open_image(data)
-    picture = PictureFile([], image.format)
+    picture = PictureFile([], image.format, quantization=getattr(image, "quantization", {}))
     if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise UnreadableError(f"refused as a JPEG of {scans} scans; at most {MAX_SCANS} are read.")
     check_size(image, image.width * image.height, max_pixels)

@@ -113,7 +113,7 @@ def has_dial(pipe: DiffusionPipeline) -> bool:
 
 def upscale_file(
     pipe: DiffusionPipeline,
-    source: str | Path,
+    source: str | Path | PictureFile,
     target: Path,
     seed: int = 0,
     compare_to: Path | None = None,
@@ -129,7 +129,7 @@ def upscale_file(
     """Upscales a picture file, with all that it holds, into another.
 
     Args:
-        source: file; `-` for the standard input.
+        source: file, `-` for the standard input, or what was read of it.
         target: file, whose suffix says the format; with a `stream`, its suffix alone counts, and without one the
             format is that of `source`.
         seed (`int`): of the noise that the flow starts from, in every frame.
@@ -160,8 +160,8 @@ def upscale_file(
 
     scale = pipe.scale_factor
     size = OutputSize(scale, *(options.get(name) for name in ("outscale", "height", "width")))
-    picture = read_file(source, max_pixels // scale**2)
-    check_pixels(picture, size, max_pixels, source)
+    picture = source if isinstance(source, PictureFile) else read_file(source, max_pixels // scale**2)
+    check_pixels(picture, size, max_pixels)
     if model is not None:
         facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale, "seed": seed}
         names = {"num_inference_steps": "steps", "fidelity": "fidelity", "consistency": "consistency"}
@@ -188,14 +188,14 @@ def upscale_file(
     return width, height
 
 
-def check_pixels(picture: PictureFile, size: OutputSize, max_pixels: int, source: str | Path) -> None:
+def check_pixels(picture: PictureFile, size: OutputSize, max_pixels: int) -> None:
     """Raises a ValueError for a result of more than `max_pixels`, all frames together."""
     sizes = [size.of(*frame.shape[:2]) for frame in picture.frames]
     pixels = sum(height * width for height, width in sizes)
     if pixels > max_pixels:
         height, width = sizes[0]
         raise ValueError(
-            f"{source}: the result of {width}x{height} would have {pixels:,} pixels, at most {max_pixels:,} are made; "
+            f"The result of {width}x{height} would have {pixels:,} pixels, at most {max_pixels:,} are made; "
             "ask for a smaller size, or raise `--max-pixels`."
         )
 
