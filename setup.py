@@ -14,6 +14,7 @@ APP = ["gradio>=6"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
 TEST += ["playwright"]  # with a Chromium of the system
+TEST += ["nbclient", "ipykernel"]
 
 
 class BuildWithPage(build_py):
