@@ -123,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by paths")
     it.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
     it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
+    it.add_argument("--fidelity-map", metavar="FILE", help="picture, white where faithful; stretched over each input")
     it.add_argument("--outscale", type=float, help="size of the result, times the input (default: the network's)")
     it.add_argument("--width", type=int, help="of the result in pixels; alone, the proportions stay")
     it.add_argument("--height", type=int, help="of the result in pixels; alone, the proportions stay")
@@ -184,6 +185,8 @@ def upscale(options: argparse.Namespace) -> int:
     max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
     if max_pixels < 1:
         raise ValueError(f"`--max-pixels` must be positive, got {max_pixels}.")
+    if options.fidelity_map and options.fidelity:
+        raise ValueError("`--fidelity` is one number and `--fidelity-map` one for each pixel; leave one.")
     found = find_tree(options.input, Path(options.output))
     streamed = options.output == "-"
     if streamed and (options.shard or options.skip_existing):
@@ -207,6 +210,7 @@ def upscale(options: argparse.Namespace) -> int:
         refuse_existing(targets, options)
     from tqdm import tqdm
 
+    from flowsr.fidelity_map import read_map
     from flowsr.files import read_file
     from flowsr.streaming import has_parts
     from flowsr.suitability import advise
@@ -214,7 +218,7 @@ def upscale(options: argparse.Namespace) -> int:
 
     call = call_options(
         pipe,
-        options.fidelity,
+        read_map(options.fidelity_map) if options.fidelity_map else options.fidelity,
         num_inference_steps=options.steps,
         consistency=options.consistency,
         tile=(None if has_parts(pipe) else 256) if options.tile is None else options.tile or None,
@@ -321,13 +325,13 @@ def dry_run(pipe, inputs: list[Path], options: argparse.Namespace, max_pixels: i
 
 def deciding(options: argparse.Namespace, models: dict) -> dict:
     """All that a result depends on beside its picture."""
-    from flowsr.folders import digest_of_pipeline
+    from flowsr.folders import digest_of, digest_of_pipeline
 
     names = "steps fidelity consistency tile seed dtype outscale width height".split()
     names += "format suffix quality compare no_provenance".split()
-    return {"version": flowsr.__version__, "pipeline": "+".join(map(digest_of_pipeline, models.values()))} | {
-        n: getattr(options, n) for n in names
-    }
+    found = {name: getattr(options, name) for name in names}
+    found["fidelity_map"] = digest_of(Path(options.fidelity_map)) if options.fidelity_map else None
+    return {"version": flowsr.__version__, "pipeline": "+".join(map(digest_of_pipeline, models.values()))} | found
 
 
 def refuse_existing(targets, options: argparse.Namespace) -> None:

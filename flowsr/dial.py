@@ -8,15 +8,14 @@ a perfect sampler).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
+from flowsr.fidelity_map import stretch
 from flowsr.picture_file import PictureFile
 from flowsr.pipelines.output_size import resize
 from flowsr.streaming import as_dtype
@@ -51,19 +50,6 @@ def blend_ends(
         fidelity = stretch(fidelity, faithful.shape[:2], feather)[..., None]
     vivid = vivid.astype(np.float32)
     return vivid + fidelity * (faithful.astype(np.float32) - vivid)
-
-
-def stretch(fidelity: np.ndarray, size: tuple[int, int], feather: float) -> np.ndarray:
-    """A map of fidelity at another size (rows, columns), softened; it stays in [0, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(fidelity))[None, None]
-    if x.shape[2:] != size:
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-    if feather > 0:
-        radius = math.ceil(3 * feather)
-        gauss = torch.softmax(-(torch.arange(-radius, radius + 1.0) ** 2) / (2 * feather**2), dim=0)
-        x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="replicate"), gauss[None, None, None])
-        x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), gauss[None, None, :, None])
-    return x[0, 0].clamp(0, 1).numpy()
 
 
 def invention_heat(faithful: np.ndarray, vivid: np.ndarray) -> np.ndarray:

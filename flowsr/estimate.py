@@ -62,11 +62,13 @@ def estimate(
         channels (`int` in 1..4), dtype ("uint8", "uint16"): of the picture.
         tile, max_memory: as for [`~flowsr.streaming.Upscaled`].
         outscale, height, width: as in the pipeline's call.
-        options: of the pipeline's call: `num_inference_steps`, `fidelity`, `consistency`.
+        options: of the pipeline's call: `num_inference_steps`, `fidelity` (a map takes what 0 takes), `consistency`.
 
     Raises:
         ValueError: for what does not fit into the memory, with the way out.
     """
+    if np.ndim(options.get("fidelity")):
+        options["fidelity"] = 0.0
     (lr_width, lr_height), scale = size, pipe.scale_factor
     height, width = OutputSize(scale, outscale, height, width).of(lr_height, lr_width)
     resized = (height, width) != (lr_height * scale, lr_width * scale)

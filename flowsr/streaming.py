@@ -17,6 +17,7 @@ import psutil
 import torch
 from diffusers import DiffusionPipeline
 
+from flowsr.pipelines.fidelity import read_fidelity
 from flowsr.pipelines.output_size import OutputSize, lanczos_taps, resampled
 from flowsr.pipelines.tiling import enlarged, exact_spans, lr_multiple, within
 
@@ -54,7 +55,7 @@ class Upscaled:
         reader: Any,
         pipe: DiffusionPipeline,
         num_inference_steps: int = 4,
-        fidelity: float = 0.0,
+        fidelity: float | np.ndarray | torch.Tensor | PIL.Image.Image = 0.0,
         consistency: Literal["exact", "soft"] | None = None,
         guidance_scale: float = 1.0,
         class_labels: int | None = None,
@@ -74,8 +75,10 @@ class Upscaled:
                 f"{type(reader).__name__} of shape {shape}."
             )
         self.reader, self.pipe, self.seed, self.progress = reader, pipe, seed, progress
-        depends = {"num_inference_steps": num_inference_steps, "fidelity": fidelity, "consistency": consistency}
+        depends = {"num_inference_steps": num_inference_steps, "consistency": consistency}
         self.options = {**depends, "guidance_scale": guidance_scale, "class_labels": class_labels}
+        self.fidelity = read_fidelity(fidelity, {tuple(shape[:2])})
+        depends["fidelity"] = 0.0 if isinstance(self.fidelity, torch.Tensor) else self.fidelity
         self.halo, scale, multiple = pipe.halo(**depends), pipe.scale_factor, lr_multiple(pipe.unet)
         self.scale = scale
         if tile is None:
@@ -101,7 +104,9 @@ class Upscaled:
         """One part, upscaled by itself: `kept` and `seen`, with the halo, are areas in LR pixels."""
         pixels = np.asarray(self.reader[seen])
         generator, corner = torch.Generator().manual_seed(self.seed), tuple(side.start for side in seen)
-        made = self.pipe(pixels, corner=corner, generator=generator, output_type="np", **self.options).images[0]
+        fidelity = self.fidelity[seen] if isinstance(self.fidelity, torch.Tensor) else self.fidelity
+        options = {**self.options, "fidelity": fidelity}
+        made = self.pipe(pixels, corner=corner, generator=generator, output_type="np", **options).images[0]
         made = made[enlarged(within(kept, seen), self.scale)]
         made = made if len(self.shape) == 3 else made[..., 0]
         self.done += 1

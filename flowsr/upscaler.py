@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import flowsr
+from flowsr.fidelity_map import stretch
 from flowsr.files import (
     MAX_PIXELS,
     as_rgb,
@@ -91,13 +92,13 @@ class Upscaler:
         return self.pipe(image, generator=generators, output_type="pt", **self.options).images.to(image)
 
 
-def call_options(pipe: DiffusionPipeline, fidelity: float = 0.0, **options) -> dict:
+def call_options(pipe: DiffusionPipeline, fidelity: float | np.ndarray = 0.0, **options) -> dict:
     """Arguments for the call of a pipeline: `fidelity` is left out where it is 0, as a diffusion has no such dial.
 
     Raises:
         ValueError: for another `fidelity` and a diffusion.
     """
-    if fidelity == 0:
+    if np.ndim(fidelity) == 0 and fidelity == 0:
         return options
     if not has_dial(pipe):
         raise ValueError(
@@ -142,7 +143,8 @@ def upscale_file(
         stream: to write to instead of a file.
         say: called with what the result cannot keep of `source`, in words, before any work.
         progress: called with the number of parts of a frame that are done and of all, where there are parts.
-        **options: further arguments of the pipeline's call.
+        **options: further arguments of the pipeline's call; a map of `fidelity`, an array, may have any size and is
+            stretched over each frame.
 
     Returns:
         Width and height of what was written, of the first frame.
@@ -152,12 +154,14 @@ def upscale_file(
     """
 
     def enlarge(pixels: np.ndarray) -> np.ndarray | Upscaled | Resized:
+        call = options | ({"fidelity": stretch(fidelity, pixels.shape[:2])} if mapped else {})
         if has_parts(pipe):
-            parts = upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **options)
+            parts = upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **call)
             return parts if by_rows else parts[:]
         generator = torch.Generator().manual_seed(seed)
-        return pipe(pixels, generator=generator, output_type="np", **options).images[0]
+        return pipe(pixels, generator=generator, output_type="np", **call).images[0]
 
+    mapped = isinstance(fidelity := options.get("fidelity"), np.ndarray)
     scale = pipe.scale_factor
     size = OutputSize(scale, *(options.get(name) for name in ("outscale", "height", "width")))
     picture = source if isinstance(source, PictureFile) else read_file(source, max_pixels // scale**2)
@@ -166,6 +170,7 @@ def upscale_file(
         facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale, "seed": seed}
         names = {"num_inference_steps": "steps", "fidelity": "fidelity", "consistency": "consistency"}
         facts |= {short: options[name] for name, short in names.items() if options.get(name) is not None}
+        facts |= {"fidelity": "map"} if mapped else {}
         facts |= resize_facts(picture, size)
         picture = with_provenance(picture, facts)
     if stream is not None and not target.suffix:

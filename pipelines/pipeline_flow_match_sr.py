@@ -20,16 +20,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .base import SRPipelineMixin, check_consistency, check_flow, check_whole, encodes
 from .conditioning import estimate, read_class_labels, repeat
 from .consistency import reach
+from .fidelity import StopMap, check_fidelity, read_fidelity
 from .flow import FlowMixin, check_solver
 from .image_processor import batches, read_images, stack_if_equal
 from .sharing import SelfContainedMixin
 from .tiling import encode, lr_multiple
-
-
-def check_fidelity(fidelity: float) -> None:
-    """Raises a ValueError for what is no place between a vivid and a faithful image."""
-    if not isinstance(fidelity, (int, float)) or not 0 <= fidelity <= 1:
-        raise ValueError(f"`fidelity` must lie in [0, 1] (0 vivid, 1 faithful), got {fidelity!r}.")
 
 
 class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, DiffusionPipeline):
@@ -76,7 +71,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         image: PIL.Image.Image | np.ndarray | torch.Tensor | list,
         num_inference_steps: int = 4,
         sigmas: list[float] | None = None,
-        fidelity: float = 0.0,
+        fidelity: float | np.ndarray | torch.Tensor | PIL.Image.Image = 0.0,
         solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler",
         rtol: float = 1e-3,
         atol: float = 1e-3,
@@ -108,7 +103,9 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             fidelity (`float` in [0, 1]): 0 goes all the way to a vivid sample; 1 answers at once with the most
                 faithful image (one evaluation, or the encoder alone, whatever `num_inference_steps`); between them the
                 flow is followed down to sigma = `fidelity`, and the estimate there is the answer. Below
-                1 / `num_inference_steps` it equals 0.
+                1 / `num_inference_steps` it equals 0. A map with the height and width of the image, an array or tensor
+                `(h, w)` or a PIL image of mode "L" with 255 for 1, is a dial for each pixel of the LR: the whole flow
+                is followed, and each pixel takes the estimate at sigma = its fidelity (see [`StopMap`]).
             solver: "euler" takes one network evaluation a step, "midpoint" and "heun" two, "rk4" four; "dopri5" takes
                 as many as `rtol` and `atol` need (see [`integrate`]). `num_evaluations` holds the number afterwards:
                 that of the last batch, without encoders and the free answers at sigma = 1, guidance counted once.
@@ -146,8 +143,12 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         size = self.output_size(outscale, height, width, output_type)
         check_flow(self)
         check_solver(solver, rtol, atol, callback_on_step_end)
-        check_fidelity(fidelity)
-        if sigmas is not None and fidelity != 0:
+        fidelity = read_fidelity(fidelity, {tuple(each.color.shape[-2:]) for each in images})
+        mapped = isinstance(fidelity, torch.Tensor)
+        if mapped and solver != "euler":
+            raise ValueError(f"A map of `fidelity` goes with the steps of solver 'euler' alone, got {solver!r}.")
+        lowest = 0.0 if mapped else fidelity  # how far the flow is followed
+        if sigmas is not None and (mapped or fidelity != 0):
             raise ValueError(
                 "Give `sigmas` or `fidelity`, not both: `fidelity` chooses the grid that `sigmas` replaces."
             )
@@ -175,7 +176,7 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         device = self._execution_device
         labels = read_class_labels(self.unet, class_labels, len(images), device)
         self._guidance_scale, self._interrupt = guidance_scale, False
-        self.set_sigmas(num_inference_steps, sigmas, fidelity)
+        self.set_sigmas(num_inference_steps, sigmas, lowest)
         self._num_timesteps = len(self.scheduler.timesteps)
         batched, outputs = batches(images, num_images_per_prompt), []
         with self.progress_bar(total=len(batched) * self._num_timesteps) as bar:
@@ -195,10 +196,13 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
 
                 # 2. Along the flow.
                 evaluate = partial(self.evaluate, conditions=conditions, tile=tile)
+                stop = StopMap(fidelity.to(device), self.scale_factor, self.scheduler) if mapped else None
                 x_t = self.follow_flow(
-                    evaluate, x_t, solver, rtol, atol, bar, callback_on_step_end, callback_on_step_end_tensor_inputs,
-                    jump=fidelity >= 1 / num_inference_steps,
+                    stop.watch(evaluate) if mapped else evaluate, x_t, solver, rtol, atol, bar, callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                    jump=lowest >= 1 / num_inference_steps,
                 )  # fmt: skip
+                x_t = stop.image if mapped else x_t
 
                 # 3. Agreement with the LR, and back into the kind of image that came.
                 outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type, size)

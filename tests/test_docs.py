@@ -131,7 +131,7 @@ def saved(name: str):
     return lambda folder: pipeline().save_pretrained(folder / name)
 
 
-EVERYWHERE = [photo("photo.png"), photo("photo.jpg"), photo("photo.tif"), photo("small.png"), photo("old.jpg")]
+EVERYWHERE = [photo(name) for name in ("photo.png", "photo.jpg", "photo.tif", "small.png", "old.jpg", "mask.png")]
 EVERYWHERE += [photos("photos"), photos("PHOTOS", 96, 96), pairs("Set5"), lpips_weights]
 GIVEN = {
     "docs/converting.md": {"files": [saved("PIPELINE")]},
