@@ -37,7 +37,7 @@ class Upscaler:
     """`model(image) -> image`: tensors `(n, 3, h, w)` in [0, 1] to `(n, 3, scale * h, scale * w)` in [0, 1].
 
     For programs that expect an upscaler of spandrel's kind: equal input gives equal output, whatever else is in the
-    batch, and `scale`, `device`, `dtype`, `to` and `eval` mean what they mean there.
+    batch, and `scale`, `device`, `dtype`, `model`, `to`, `half`, `eval` and the others mean what they mean there.
 
     Args:
         pipe ([`FlowMatchSRPipeline`] or [`DDPMSRPipeline`]): or a checkpoint of one, as for [`~flowsr.loading.load`].
@@ -52,6 +52,7 @@ class Upscaler:
     """
 
     input_channels = output_channels = 3
+    purpose, supports_half, supports_bfloat16 = "SR", True, True  # half precision: on a GPU
 
     def __init__(self, pipe: DiffusionPipeline | str | os.PathLike, seed: int = 0, **options):
         self.pipe = load_upscaler(pipe) if isinstance(pipe, (str, os.PathLike)) else pipe
@@ -62,6 +63,10 @@ class Upscaler:
     @property
     def scale(self) -> int:
         return self.pipe.scale_factor
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.pipe.unet
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +80,15 @@ class Upscaler:
         """Moves or casts the pipeline, as `DiffusionPipeline.to`."""
         self.pipe.to(*args, **kwargs)
         return self
+
+    def half(self) -> Upscaler:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Upscaler:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Upscaler:
+        return self.to(torch.float32)
 
     def eval(self) -> Upscaler:
         self.pipe.unet.eval()

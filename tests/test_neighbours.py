@@ -1,8 +1,11 @@
 """The pipeline as other programs call it."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
@@ -23,6 +26,9 @@ def test_upscaler_is_a_function_of_tensors(pipe):
     torch.testing.assert_close(model(images[1:2]), large[1:2], atol=1e-5, rtol=0)
     assert not torch.equal(Upscaler(pipe, seed=1, num_inference_steps=2)(images), large)
     assert model(images.half()).dtype == torch.float16
+    assert model.model is pipe.unet
+    assert [each().dtype for each in (model.bfloat16, model.float)] == [torch.bfloat16, torch.float32]
+    assert (model.purpose, model.input_channels, model.output_channels) == ("SR", 3, 3)
 
 
 def test_upscaler_hands_options_on_and_refuses_other_shapes(pipe):
@@ -75,6 +81,98 @@ def test_comfyui_node_with_the_bundled_network(node):
     assert faithful.shape == large.shape
     white = torch.ones(1, 4, 4, 3)
     assert torch.equal(node(white + 0.01)[0], node(white)[0])  # a slight overshoot is no error
+
+
+def test_comfyui_shows_progress_with_a_preview_and_can_end_the_work(node, monkeypatch):
+    bars, interrupted = [], []
+
+    class ProgressBar:
+        def __init__(self, total):
+            self.calls = []
+            bars.append(self)
+
+        def update_absolute(self, value, total=None, preview=None):
+            self.calls.append((value, total, preview))
+
+    class InterruptProcessingException(Exception):
+        pass
+
+    def throw():
+        if interrupted:
+            raise InterruptProcessingException
+
+    management = ModuleType("comfy.model_management")
+    management.throw_exception_if_processing_interrupted = throw
+    management.get_torch_device = lambda: torch.device("cpu")
+    utils = ModuleType("comfy.utils")
+    utils.ProgressBar = ProgressBar
+    for name, module in (("comfy", ModuleType("comfy")), ("comfy.model_management", management)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "comfy.utils", utils)
+    image = torch.rand(2, 5, 7, 3, generator=torch.Generator().manual_seed(0))
+    (large,) = node(image, steps=3)
+    values, totals, previews = zip(*bars[0].calls)
+    assert (values, set(totals)) == ((1, 2, 3, 4, 5, 6), {6})
+    kind, picture, side = previews[2]  # the last step of the first picture: its result, before nothing but rounding
+    assert (kind, picture.size, side) == ("JPEG", (28, 20), 512)
+    difference = torch.from_numpy(np.asarray(picture).copy()) / 255 - large[0]
+    assert difference.abs().max() <= 0.5 / 255 + 1e-6
+    node(image[:1], checkpoint="ddpm_x4", steps=1)
+    assert bars[1].calls == [(1, 1, None)]
+    interrupted.append(True)
+    with pytest.raises(InterruptProcessingException):
+        node(image)
+
+
+@pytest.fixture
+def chainner(monkeypatch):
+    """The node of chaiNNer among what it imports there, with the arguments that it was registered with."""
+    registered = {}
+
+    class Group:
+        def register(self, **options):
+            registered.update(options)
+            return lambda function: function
+
+    def declared(*args, **options):
+        return {"args": args, **options}
+
+    settings = ModuleType("chain.settings")
+    settings.get_settings = lambda context: SimpleNamespace(device=torch.device("cpu"))
+    inputs = ModuleType("nodes.properties.inputs")
+    for name in ("EnumInput", "ImageInput", "NumberInput", "SliderInput", "TextInput"):
+        setattr(inputs, name, declared)
+    outputs = ModuleType("nodes.properties.outputs")
+    outputs.ImageOutput = declared
+    api = ModuleType("api")
+    api.NodeContext = object
+    package = ModuleType("chain.pytorch")
+    package.processing_group = Group()
+    folders = [ModuleType(name) for name in ("chain", "chain.pytorch.processing", "nodes", "nodes.properties")]
+    for module in (*folders, package, settings, inputs, outputs, api):
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    path = ROOT / "integrations/chainner/upscale_flowsr.py"
+    spec = importlib.util.spec_from_file_location("chain.pytorch.processing.upscale_flowsr", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, registered
+
+
+def test_chainner_node(chainner):
+    module, registered = chainner
+    seen = []
+    context = SimpleNamespace(set_progress=seen.append)
+    _, *others = registered["inputs"]
+    defaults = [each["default"] if "default" in each else each["args"][2] for each in others]
+    img = np.random.default_rng(0).random((5, 7, 3), np.float32)
+    large = module.upscale_flowsr_node(context, img, *defaults)
+    assert (large.shape, large.dtype, seen) == ((20, 28, 3), np.float32, [0.25, 0.5, 0.75, 1.0])
+    expected = Upscaler("x4", num_inference_steps=4)(torch.from_numpy(img[..., ::-1].copy()).movedim(-1, 0)[None])
+    np.testing.assert_allclose(large[..., ::-1], expected[0].movedim(0, -1), atol=1e-5)
+    for shape in ((5, 7), (5, 7, 4)):
+        large = module.upscale_flowsr_node(context, np.ones(shape, np.float32), *defaults)
+        assert large.shape == (20, 28, *shape[2:])
 
 
 def test_comfyui_node_with_alpha_and_another_checkpoint(node, tmp_path):

@@ -2,10 +2,11 @@
 
 from functools import lru_cache
 
+import PIL.Image
 import torch
 
 from flowsr.loading import best_device, load_upscaler
-from flowsr.upscaler import call_options
+from flowsr.upscaler import call_options, has_dial
 
 
 def device() -> torch.device:
@@ -23,6 +24,39 @@ def pipeline(checkpoint: str, where: torch.device):
     pipe = load_upscaler(checkpoint, where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Watch:
+    """ComfyUI's progress bar, with a preview, and its button that ends the work; nothing without ComfyUI.
+
+    Args:
+        pictures (`int`): that are upscaled one after the other.
+    """
+
+    def __init__(self, pictures: int):
+        self.pictures, self.done, self.bar = pictures, 0, None
+        try:
+            from comfy.model_management import throw_exception_if_processing_interrupted
+            from comfy.utils import ProgressBar
+        except ImportError:
+            return
+        self.check, self.bar = throw_exception_if_processing_interrupted, ProgressBar(pictures)
+
+    def __call__(self, pipe, step: int, timestep: torch.Tensor, given: dict) -> dict:
+        """A pipeline's `callback_on_step_end`."""
+        if self.bar is not None:
+            self.check()
+            self.done += 1
+            self.bar.update_absolute(self.done, self.pictures * pipe.num_timesteps, preview(pipe, given["latents"]))
+        return given
+
+
+def preview(pipe, x_t: torch.Tensor) -> tuple | None:
+    """A state of the flow as ComfyUI shows it: format, picture, longest side. None for a state of a diffusion."""
+    if not has_dial(pipe):
+        return None
+    levels = ((pipe.from_data_range(x_t[0]).clamp(-1, 1) + 1) * 127.5).round().byte()
+    return "JPEG", PIL.Image.fromarray(levels.movedim(0, -1).cpu().numpy()), 512
 
 
 class FlowSRUpscale:
@@ -67,9 +101,12 @@ class FlowSRUpscale:
             consistency=None if consistency == "none" else consistency,
             tile=tile or None,
         )
-        generators = [torch.Generator().manual_seed((seed + number) % 2**64) for number in range(len(pictures))]
-        large = pipe(pictures, generator=generators, output_type="pt", **options).images
-        return (large.movedim(1, -1).cpu(),)
+        watch, large = Watch(len(pictures)), []
+        for number, picture in enumerate(pictures):
+            generator = torch.Generator().manual_seed((seed + number) % 2**64)
+            made = pipe(picture, generator=generator, output_type="pt", callback_on_step_end=watch, **options)
+            large.append(made.images[0].movedim(0, -1).cpu())
+        return (torch.stack(large),)
 
 
 NODE_CLASS_MAPPINGS = {"FlowSRUpscale": FlowSRUpscale}
