@@ -9,8 +9,6 @@ import argparse
 import json
 import os
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import flowsr
@@ -51,7 +49,6 @@ example:
   flowsr demo -o demo_output --checkpoint ddpm_x4 --steps 10""",
 }
 
-SMALL_TILE = 128  # LR pixels: tried where memory ran out
 FORMATS = ("png", "jpg", "webp", "tif", "avif", "heic", "jp2", "bmp")  # suffixes of files that are written
 
 
@@ -122,7 +119,9 @@ def parser() -> argparse.ArgumentParser:
     )
     it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by paths")
     it.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
-    it.add_argument("--no-provenance", action="store_true", help="do not write into the file how it was made")
+    it.add_argument(
+        "--no-provenance", dest="provenance", action="store_false", help="do not write into the file how it was made"
+    )
     it.add_argument("--fidelity-map", metavar="FILE", help="picture, white where faithful; stretched over each input")
     it.add_argument("--outscale", type=float, help="size of the result, times the input (default: the network's)")
     it.add_argument("--width", type=int, help="of the result in pixels; alone, the proportions stay")
@@ -178,228 +177,86 @@ def parser() -> argparse.ArgumentParser:
 
 
 def upscale(options: argparse.Namespace) -> int:
-    from flowsr.files import MAX_PIXELS
-    from flowsr.folders import Done, find_tree, in_shard
-    from flowsr.pipelines.output_size import OutputSize
+    from dataclasses import fields
 
-    max_pixels = MAX_PIXELS if options.max_pixels is None else options.max_pixels
-    if max_pixels < 1:
-        raise ValueError(f"`--max-pixels` must be positive, got {max_pixels}.")
-    if options.fidelity_map and options.fidelity:
-        raise ValueError("`--fidelity` is one number and `--fidelity-map` one for each pixel; leave one.")
-    found = find_tree(options.input, Path(options.output))
+    from tqdm import tqdm
+
+    from flowsr.upscale_files import FileUpscaler, UpscaleSettings, is_one_file, left_to_do, plan, refuse_existing
+
     streamed = options.output == "-"
     if streamed and (options.shard or options.skip_existing):
         raise ValueError("`--shard` and `--skip-existing` need a folder; the standard output takes one picture.")
-    if options.shard:
-        found = [(path, name) for path, name in found if in_shard(name, options.shard)]
-    inputs, targets = [path for path, _ in found], plan_targets(found, options)
-    if not options.skip_existing:
-        refuse_existing(targets, options)
-    size = {name: value for name in ("outscale", "width", "height") if (value := getattr(options, name)) is not None}
-    models = models_of(options)
-    pipe = next(iter(models.values()))
-    OutputSize(pipe.scale_factor, **size)  # refuses what is no size, once for all pictures
-    done = None
+    if options.skip_existing and is_one_file(options.output):
+        raise ValueError(f"`--skip-existing` needs a folder of results, `-o {options.output}` is one file.")
+    settings = UpscaleSettings(**{field.name: getattr(options, field.name) for field in fields(UpscaleSettings)})
+    jobs = planned = plan(options.input, options.output, settings, options.shard)
+    if streamed and sys.stdout.isatty():
+        raise ValueError("The standard output is a terminal; send it to a file or another program.")
+    if not (options.overwrite or options.skip_existing):
+        refuse_existing(jobs, settings)
+    upscaler, done = FileUpscaler(settings), None
     if options.skip_existing:
-        if targets == [Path(options.output)]:
-            raise ValueError(f"`--skip-existing` needs a folder of results, `-o {options.output}` is one file.")
-        done = Done(Path(options.output), deciding(options, models), options.shard)
-        left = [(path, target) for path, target in zip(inputs, targets) if not done.has(path, target)]
-        skipped, (inputs, targets) = len(inputs) - len(left), zip(*left) if left else ((), ())
-        refuse_existing(targets, options)
-    from tqdm import tqdm
-
-    from flowsr.fidelity_map import read_map
-    from flowsr.files import read_file
-    from flowsr.streaming import has_parts
-    from flowsr.suitability import advise
-    from flowsr.upscaler import call_options, upscale_file
-
-    call = call_options(
-        pipe,
-        read_map(options.fidelity_map) if options.fidelity_map else options.fidelity,
-        num_inference_steps=options.steps,
-        consistency=options.consistency,
-        tile=(None if has_parts(pipe) else 256) if options.tile is None else options.tile or None,
-        **size,
-    )
+        jobs, done = left_to_do(planned, options.output, upscaler.deciding(), options.shard)
+        if not options.overwrite:
+            refuse_existing(jobs, settings)
     if options.dry_run:
-        return dry_run(pipe, inputs, options, max_pixels, call)
+        return dry_run(upscaler, [job.source for job in jobs], options.json)
+
     printed = sys.stderr if streamed else sys.stdout
-    failures = []
-    bar = tqdm(list(zip(inputs, targets)), unit="picture", disable=True if options.quiet else None)
+    failures, bar = [], tqdm(jobs, unit="picture", disable=True if options.quiet else None)
+
+    def say(note: str) -> None:
+        bar.write(f"flowsr: {job.source}: {note}.", file=sys.stderr)
 
     def inside(done: int, total: int) -> None:
         if total > 1:
             bar.set_postfix_str(f"part {done} of {total}")
 
-    for source, target in bar:
-        bar.set_description(source.name)
+    for job in bar:
+        bar.set_description(job.source.name)
         bar.set_postfix_str("")
-        report, start = {"input": str(source)}, time.perf_counter()
-
-        def say(note: str, source: Path = source) -> None:
-            bar.write(f"flowsr: {source}: {note}.", file=sys.stderr)
-
-        try:
-            if done is not None:
-                done.begin(source, target)
-            picture = read_file(source, max_pixels // pipe.scale_factor**2)
-            report["model"], advice = advise(picture, options.checkpoint, list(models))
-            if advice and not options.quiet:
-                say(advice)
-            work = partial(
-                upscale_file,
-                models[report["model"]],
-                picture,
-                target,
-                seed=options.seed,
-                compare_to=compare_path(target) if options.compare else None,
-                model=None if options.no_provenance else report["model"],
-                quality=options.quality,
-                max_pixels=max_pixels,
-                max_memory=options.max_memory,
-                progress=inside,
-                stream=sys.stdout.buffer if streamed else None,
-                say=say,
-            )
-            try:
-                width, height = work(**call)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                retried = f"out of memory; once more in tiles of {SMALL_TILE} LR pixels"
-            else:
-                retried = None
-            if retried:  # outside of the handler, whose traceback holds what the first try had made
-                say(retried)
-                width, height = work(**call | {"tile": SMALL_TILE})
-            seconds = round(time.perf_counter() - start, 3)
-            report |= {"output": str(target), "width": width, "height": height, "seconds": seconds}
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            line = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split())
-            failures.append(line if str(source) in line else f"{source}: {line}")
-            report |= {"error": failures[-1]}
+        stream = sys.stdout.buffer if streamed else None
+        report = upscaler(*job, done, stream=stream, say=say, advice=not options.quiet, progress=inside)
+        failures += [report["error"]] if "error" in report else []
         if options.json:
             print(json.dumps(report), file=printed, flush=True)
     for failure in failures:
         print(f"flowsr: {failure}", file=sys.stderr)
     if not options.quiet and not options.json:
         where = "standard output" if streamed else options.output
-        before = f" {skipped} were there already." if done is not None else ""
-        print(f"{len(inputs) - len(failures)} of {len(inputs)} pictures written to {where}.{before}", file=printed)
+        before = f" {len(planned) - len(jobs)} were there already." if done is not None else ""
+        print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures written to {where}.{before}", file=printed)
     return 1 if failures else 0
 
 
-def dry_run(pipe, inputs: list[Path], options: argparse.Namespace, max_pixels: int, call: dict) -> int:
+def dry_run(upscaler, sources: list[Path], as_json: bool) -> int:
     """Prints what each picture would take; 1 where one cannot be done."""
     from dataclasses import asdict
 
-    from flowsr.estimate import estimate
     from flowsr.picture_reader import shape_of
 
     failures, seconds, disk = [], 0.0, 0
-    for source in inputs:
+    for source in sources:
         try:
-            *size, channels, dtype = shape_of(source, max_pixels // pipe.scale_factor**2)
-            needed = estimate(pipe, size, channels, dtype, max_memory=options.max_memory, **call)
+            needed = upscaler.estimate(source)
         except ValueError as error:
             failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
             continue
         seconds, disk = seconds + needed.seconds, disk + needed.disk
-        if options.json:
+        if as_json:
             print(json.dumps({"input": str(source), **asdict(needed)}))
         else:
+            lr_width, lr_height, *_ = shape_of(source)
             print(
-                f"{source}: {size[0]}x{size[1]} -> {needed.width}x{needed.height} in {needed.parts} parts, about "
+                f"{source}: {lr_width}x{lr_height} -> {needed.width}x{needed.height} in {needed.parts} parts, about "
                 f"{needed.seconds:.1f} s, {needed.memory / 2**20:.0f} MiB of memory, {needed.disk / 2**20:.1f} MiB "
                 "before compression"
             )
-    if not options.json:
+    if not as_json:
         print(f"Together about {seconds:.0f} s and {disk / 2**20:.1f} MiB before compression; nothing was written.")
     for failure in failures:
         print(f"flowsr: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def deciding(options: argparse.Namespace, models: dict) -> dict:
-    """All that a result depends on beside its picture."""
-    from flowsr.folders import digest_of, digest_of_pipeline
-
-    names = "steps fidelity consistency tile seed dtype outscale width height".split()
-    names += "format suffix quality compare no_provenance".split()
-    found = {name: getattr(options, name) for name in names}
-    found["fidelity_map"] = digest_of(Path(options.fidelity_map)) if options.fidelity_map else None
-    return {"version": flowsr.__version__, "pipeline": "+".join(map(digest_of_pipeline, models.values()))} | found
-
-
-def refuse_existing(targets, options: argparse.Namespace) -> None:
-    """Refuses to write over results, unless told to."""
-    for target in written(targets, options):
-        if target.exists() and not options.overwrite:
-            raise ValueError(f"{target} exists; pass `--overwrite` to replace it, or choose another `-o`.")
-
-
-def written(targets, options: argparse.Namespace) -> list[Path]:
-    return [*targets, *(compare_path(target) for target in targets if options.compare)]
-
-
-def plan_targets(found: list[tuple[Path, Path]], options: argparse.Namespace) -> list[Path]:
-    """Where each result goes; refuses two results with one name, and results on top of inputs.
-
-    Args:
-        found: the pictures, and the names that they have below a folder of results.
-
-    For the standard output, `-` with the suffix of the format; without one where only the input knows it.
-    """
-    from flowsr.files import PICTURE_SUFFIXES, check_place, format_of
-
-    output, suffix = Path(options.output), f".{options.format}" if options.format else ""
-    inputs = [path for path, _ in found]
-    streams = [path for path in inputs if str(path) == "-"]
-    if streams and len(inputs) > 1:
-        raise ValueError("The standard input `-` is one picture; upscale others by another call.")
-    if Path(f"a{options.suffix}").name != f"a{options.suffix}":
-        raise ValueError(f"`--suffix` is a part of a name, got {options.suffix!r}.")
-    if options.output == "-":
-        if len(inputs) > 1 or options.compare:
-            raise ValueError(f"The standard output takes one picture; name a folder for {len(inputs)} or `--compare`.")
-        if sys.stdout.isatty():
-            raise ValueError("The standard output is a terminal; send it to a file or another program.")
-        return [Path(f"-{suffix or inputs[0].suffix}")]
-    if output.suffix and not output.is_dir() and not options.output.endswith(("/", os.sep)):
-        if output.suffix.lower() not in PICTURE_SUFFIXES:
-            raise ValueError(
-                f"`-o {output}` has no suffix of a picture ({', '.join(sorted(PICTURE_SUFFIXES))}); for a folder, end "
-                "it with a slash."
-            )
-        if options.format and format_of(output) != format_of(f"-{suffix}"):
-            raise ValueError(f"`-o {output}` and `--format {options.format}` disagree; leave one.")
-        format_of(output)
-        if len(inputs) > 1:
-            raise ValueError(f"`-o {output}` is one file, but there are {len(inputs)} pictures; name a folder.")
-        targets = [output]
-    elif output.is_file():
-        raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
-    elif streams and not suffix:
-        raise ValueError("The standard input has no name; name the result by `-o`, or its format by `--format`.")
-    else:
-        targets = [output / name.with_name(f"{name.stem}{options.suffix}{suffix or name.suffix}") for _, name in found]
-    sources, planned = {path.resolve() for path in inputs}, set()
-    for target in written(targets, options):
-        check_place(target)
-        if target in planned:
-            raise ValueError(f"Two inputs would be written to {target}; upscale them into different folders.")
-        planned.add(target)
-        if target.resolve() in sources:
-            raise ValueError(f"{target} is an input and would be overwritten; choose another `-o` or a `--suffix`.")
-    return targets
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Python's own, that of a GPU, and that of torch on a CPU, which has no class."""
-    return isinstance(error, MemoryError) or "memory" in str(error).lower() and isinstance(error, RuntimeError)
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -422,33 +279,14 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-def compare_path(target: Path) -> Path:
-    return target.with_name(f"{target.stem}_compare.png")
-
-
-def models_of(options: argparse.Namespace) -> dict:
-    """Pipelines by the names of their checkpoints: one, or for `auto` those among which each picture chooses."""
-    from flowsr.suitability import CLEAN, REAL, ships
-
-    if options.checkpoint == "auto":
-        return {name: pipeline_of(options, name) for name in (CLEAN, REAL) if ships(name)}
-    name = Path(options.checkpoint).name if Path(options.checkpoint).exists() else options.checkpoint
-    return {name: pipeline_of(options)}
-
-
-def pipeline_of(options: argparse.Namespace, checkpoint: str | None = None):
+def pipeline_of(options: argparse.Namespace):
     """The pipeline of `--checkpoint`, `--device` and `--dtype`, which prints nothing but errors."""
     import torch
-    from diffusers.utils import logging
 
-    from flowsr.loading import load_upscaler
+    from flowsr.loading import load_silently
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what matters comes as an error
     dtype = getattr(options, "dtype", None)
-    pipe = load_upscaler(checkpoint or options.checkpoint, options.device, dtype and getattr(torch, dtype))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_silently(options.checkpoint, options.device, dtype and getattr(torch, dtype))
 
 
 def evaluate(options: argparse.Namespace) -> int:

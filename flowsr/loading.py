@@ -64,6 +64,17 @@ def load_upscaler(
     return pipe
 
 
+def load_silently(
+    checkpoint: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """As [`load_upscaler`], for a command: diffusers prints nothing from here on; what matters comes as an error."""
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    pipe = load_upscaler(checkpoint, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def resolve(checkpoint: str | os.PathLike) -> str:
     """The folder, file or repository that a checkpoint's name stands for.
 

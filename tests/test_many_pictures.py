@@ -24,7 +24,7 @@ def failing(monkeypatch, error: Exception, name: str, below_tile: int):
     whole = upscaler.upscale_file
 
     def upscale_file(pipe, source, target, **options):
-        if source.name == name and (options["tile"] or 9999) > below_tile:
+        if target.name == name and (options["tile"] or 9999) > below_tile:
             raise error
         return whole(pipe, source, target, **options)
 
