@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import flowsr
@@ -130,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
     it.add_argument("--quiet", action="store_true", help="print errors alone")
     it.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
+    it.add_argument("--json-progress", action="store_true", help="likewise, and one after each step within a picture")
     flow_options(it, "; auto: x4, or x4-real for JPEGs and noise")
 
     it = command(evaluate, "Measure on a folder of pictures: PSNR-Y, SSIM-Y, LPIPS, LR-PSNR.")
@@ -181,14 +183,15 @@ def upscale(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from flowsr.streaming import Progress
     from flowsr.upscale_files import FileUpscaler, UpscaleSettings, is_one_file, left_to_do, plan, refuse_existing
 
+    settings = UpscaleSettings(**{field.name: getattr(options, field.name) for field in fields(UpscaleSettings)})
     streamed = options.output == "-"
     if streamed and (options.shard or options.skip_existing):
         raise ValueError("`--shard` and `--skip-existing` need a folder; the standard output takes one picture.")
     if options.skip_existing and is_one_file(options.output):
         raise ValueError(f"`--skip-existing` needs a folder of results, `-o {options.output}` is one file.")
-    settings = UpscaleSettings(**{field.name: getattr(options, field.name) for field in fields(UpscaleSettings)})
     jobs = planned = plan(options.input, options.output, settings, options.shard)
     if streamed and sys.stdout.isatty():
         raise ValueError("The standard output is a terminal; send it to a file or another program.")
@@ -202,27 +205,34 @@ def upscale(options: argparse.Namespace) -> int:
     if options.dry_run:
         return dry_run(upscaler, [job.source for job in jobs], options.json)
 
-    printed = sys.stderr if streamed else sys.stdout
+    if not options.quiet and (seconds := upscaler.foresee([job.source for job in jobs]) or 0) > 60:
+        print(f"flowsr: about {tqdm.format_interval(seconds)} for {len(jobs)} pictures.", file=sys.stderr)
+    printed, as_json = sys.stderr if streamed else sys.stdout, options.json or options.json_progress
     failures, bar = [], tqdm(jobs, unit="picture", disable=True if options.quiet else None)
 
     def say(note: str) -> None:
         bar.write(f"flowsr: {job.source}: {note}.", file=sys.stderr)
 
-    def inside(done: int, total: int) -> None:
-        if total > 1:
-            bar.set_postfix_str(f"part {done} of {total}")
+    def inside(so_far: Progress) -> None:
+        left = (time.perf_counter() - start) * (1 / so_far.share - 1) if so_far.share else 0.0
+        parts = f"part {so_far.part} of {so_far.parts}, " if so_far.parts > 1 else ""
+        bar.set_postfix_str(f"{parts}step {so_far.step} of {so_far.steps}, {bar.format_interval(left)} left")
+        if options.json_progress:
+            event = {"input": str(job.source), **so_far._asdict(), "seconds_left": round(left, 3)}
+            print(json.dumps(event), file=printed, flush=True)
 
     for job in bar:
         bar.set_description(job.source.name)
         bar.set_postfix_str("")
+        start = time.perf_counter()
         stream = sys.stdout.buffer if streamed else None
         report = upscaler(*job, done, stream=stream, say=say, advice=not options.quiet, progress=inside)
         failures += [report["error"]] if "error" in report else []
-        if options.json:
+        if as_json:
             print(json.dumps(report), file=printed, flush=True)
     for failure in failures:
         print(f"flowsr: {failure}", file=sys.stderr)
-    if not options.quiet and not options.json:
+    if not options.quiet and not as_json:
         where = "standard output" if streamed else options.output
         before = f" {len(planned) - len(jobs)} were there already." if done is not None else ""
         print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures written to {where}.{before}", file=printed)

@@ -53,15 +53,17 @@ def estimate(
     outscale: float | None = None,
     height: int | None = None,
     width: int | None = None,
+    measured: dict | None = None,
     **options,
 ) -> Estimate:
-    """Memory, time and disk for a picture, from its size and a sample of 96x96 LR pixels that is upscaled twice.
+    """Memory, time and disk for a picture, from its size and the speed of this machine.
 
     Args:
         size: width and height of the LR, pixels.
         channels (`int` in 1..4), dtype ("uint8", "uint16"): of the picture.
         tile, max_memory: as for [`~flowsr.streaming.Upscaled`].
         outscale, height, width: as in the pipeline's call.
+        measured (`dict`, *optional*): speeds that earlier calls with the same options have found, used again.
         options: of the pipeline's call: `num_inference_steps`, `fidelity` (a map takes what 0 takes), `consistency`.
 
     Raises:
@@ -83,19 +85,48 @@ def estimate(
         memory = here + max(rows) * max(columns) * bytes_per_pixel(pipe) + band
     else:
         parts, seen = 1, pixels
-        at_once = pixels if tile is None else min(pixels, (2 * tile) ** 2)
-        memory = here + (pixels * scale**2 + height * width * resized) * WHOLE + at_once * bytes_per_pixel(pipe)
-        free = psutil.virtual_memory().available
-        if pipe._execution_device.type == "cpu" and memory - here > free:
-            raise ValueError(
-                f"A picture of {lr_width}x{lr_height} needs about {memory - here >> 20} MiB in one piece, and "
-                f"{free >> 20} MiB are free; take smaller pictures, or a checkpoint that upscales parts by themselves."
-            )
-    sample = np.zeros((min(lr_height, SAMPLE), min(lr_width, SAMPLE), 3), np.uint8)
-    resize = {"outscale": width / lr_width} if resized else {}
-    for _ in range(2):  # the first call prepares
+        memory = here + memory_in_one_piece(pipe, (lr_width, lr_height), (width, height), tile)
+    measured = {} if measured is None else measured
+    sample = (min(lr_height, SAMPLE), min(lr_width, SAMPLE), width / lr_width if resized else None)
+    if sample not in measured:
+        measured[sample] = measure(pipe, *sample, **options)
+    return Estimate(width, height, parts, memory, measured[sample] * seen, disk)
+
+
+def measure(pipe: DiffusionPipeline, height: int, width: int, outscale: float | None = None, **options) -> float:
+    """Seconds that an LR pixel takes, of a sample that is upscaled twice, as the first call prepares.
+
+    Args:
+        height, width: of the sample, LR pixels.
+        outscale, options: of the pipeline's call.
+    """
+    sample, resize = np.zeros((height, width, 3), np.uint8), {"outscale": outscale} if outscale else {}
+    for _ in range(2):
         start = time.perf_counter()
         pipe(sample, output_type="np", **options, **resize)
         seconds = time.perf_counter() - start
-    seconds *= seen / (sample.shape[0] * sample.shape[1])
-    return Estimate(width, height, parts, memory, seconds, disk)
+    return seconds / (height * width)
+
+
+def memory_in_one_piece(pipe: DiffusionPipeline, lr: tuple[int, int], made: tuple[int, int], tile: int | None) -> int:
+    """Bytes that a picture without parts takes while it is made.
+
+    Args:
+        lr, made: width and height of the picture and of the result, pixels.
+        tile: of the pipeline's call, LR pixels.
+
+    Raises:
+        ValueError: where a CPU has no such memory free.
+    """
+    (lr_width, lr_height), (width, height), scale = lr, made, pipe.scale_factor
+    pixels = lr_width * lr_height
+    at_once = pixels if tile is None else min(pixels, (2 * tile) ** 2)
+    resized = width * height if made != (lr_width * scale, lr_height * scale) else 0
+    memory = (pixels * scale**2 + resized) * WHOLE + at_once * bytes_per_pixel(pipe)
+    free = psutil.virtual_memory().available
+    if pipe._execution_device.type == "cpu" and memory > free:
+        raise ValueError(
+            f"A picture of {lr_width}x{lr_height} needs about {memory >> 20} MiB in one piece, and {free >> 20} MiB "
+            "are free; take smaller pictures, or a checkpoint that upscales parts by themselves."
+        )
+    return memory

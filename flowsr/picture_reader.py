@@ -56,7 +56,11 @@ def read_file(path: str | Path, max_pixels: int = MAX_PIXELS) -> PictureFile:
             or of a kind that could be read only with a loss.
     """
     name = "standard input" if str(path) == "-" else str(path)
-    data = read_bytes(path, name, 16 * max_pixels + 2**26)  # at 16 bits a picture has 8 bytes a pixel
+    return read_data(read_bytes(path, name, 16 * max_pixels + 2**26), name, max_pixels)  # 16 bits: 8 bytes a pixel
+
+
+def read_data(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> PictureFile:
+    """As [`read_file`], of the content of a file; `name` stands in errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pixels beside `max_pixels`, of metadata that is checked below

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -28,6 +28,19 @@ SAME_KERNELS = 20480  # values: torch convolves smaller pictures by other code, 
 MAPS, IMAGES = 10, 20
 
 
+class Progress(NamedTuple):
+    """How far a picture is: `part` of `parts` are done, and of the next `step` of `steps`."""
+
+    part: int
+    parts: int
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def share(self) -> float:
+        return (self.part + self.step / self.steps) / self.parts
+
+
 class Upscaled:
     """A picture that is upscaled as its rows are asked for: it has `shape`, `dtype` and `[first:last]`.
 
@@ -44,7 +57,7 @@ class Upscaled:
             as `max_memory` allows.
         max_memory (`int`, *optional*): bytes for a part's work, beside weights and the rows in hand; by default half
             of what is free.
-        progress: called with the number of parts done and of all.
+        progress: called with a [`Progress`] after every step and every part.
 
     Raises:
         ValueError: for a reader or limits that cannot be, before any work.
@@ -62,7 +75,7 @@ class Upscaled:
         seed: int = 0,
         tile: int | None = None,
         max_memory: int | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[Progress], None] = lambda so_far: None,
     ):
         if not hasattr(pipe, "halo"):
             raise ValueError(f"A {type(pipe).__name__} upscales whole pictures; take a FlowMatchSRPipeline.")
@@ -105,12 +118,14 @@ class Upscaled:
         pixels = np.asarray(self.reader[seen])
         generator, corner = torch.Generator().manual_seed(self.seed), tuple(side.start for side in seen)
         fidelity = self.fidelity[seen] if isinstance(self.fidelity, torch.Tensor) else self.fidelity
-        options = {**self.options, "fidelity": fidelity}
+        parts = len(self.bands) * len(self.columns)
+        steps = following_steps(lambda *steps: self.progress(Progress(self.done, parts, *steps)))
+        options = {**self.options, "fidelity": fidelity, **steps}
         made = self.pipe(pixels, corner=corner, generator=generator, output_type="np", **options).images[0]
         made = made[enlarged(within(kept, seen), self.scale)]
         made = made if len(self.shape) == 3 else made[..., 0]
         self.done += 1
-        self.progress(self.done, len(self.bands) * len(self.columns))
+        self.progress(Progress(self.done, parts))
         return as_dtype(made, self.dtype)
 
     def parts(self) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
@@ -213,6 +228,16 @@ def upscaled(
     rows = Upscaled(reader, pipe, **options)
     wanted = size.of(*rows.reader.shape[:2])
     return rows if wanted == rows.shape[:2] else Resized(rows, wanted)
+
+
+def following_steps(told: Callable[[int, int], None]) -> dict:
+    """Options for a pipeline's call by which `told` gets the number of steps done and of all, after each."""
+
+    def tell(pipe: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        told(step + 1, pipe.num_timesteps)
+        return tensors
+
+    return {"callback_on_step_end": tell, "callback_on_step_end_tensor_inputs": []}
 
 
 def as_dtype(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:

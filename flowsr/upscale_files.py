@@ -6,6 +6,8 @@ earlier calls have made, [`FileUpscaler`] makes the rest one by one. The command
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,17 +20,18 @@ import torch
 
 import flowsr
 from flowsr import upscaler
-from flowsr.estimate import Estimate, estimate
+from flowsr.estimate import SAMPLE, Estimate, estimate
 from flowsr.fidelity_map import read_map
 from flowsr.files import MAX_PIXELS, PICTURE_SUFFIXES, PictureFile, check_place, format_of, read_file
 from flowsr.folders import Done, digest_of, digest_of_pipeline, find_tree, in_shard
 from flowsr.loading import load_silently
-from flowsr.picture_reader import shape_of
+from flowsr.picture_reader import read_data, shape_of
 from flowsr.pipelines.output_size import OutputSize
-from flowsr.streaming import has_parts
+from flowsr.streaming import Progress, has_parts
 from flowsr.suitability import CLEAN, REAL, advise, ships
 
 SMALL_TILE = 128  # LR pixels: tried where memory ran out
+FORESEEN = 64  # pictures by which the time of all is estimated
 TILE = 256  # LR pixels: of a network whose pictures have no parts
 
 
@@ -74,6 +77,8 @@ class UpscaleSettings:
             raise ValueError(f"`--max-pixels` must be positive, got {self.max_pixels}.")
         if self.fidelity_map and self.fidelity:
             raise ValueError("`--fidelity` is one number and `--fidelity-map` one for each pixel; leave one.")
+        if Path(f"a{self.suffix}").name != f"a{self.suffix}":
+            raise ValueError(f"`--suffix` is a part of a name, got {self.suffix!r}.")
 
     @property
     def pixels(self) -> int:
@@ -125,8 +130,6 @@ def plan_targets(found: list[tuple[Path, Path]], output: str, settings: UpscaleS
     streams = [path for path, _ in found if str(path) == "-"]
     if streams and len(found) > 1:
         raise ValueError("The standard input `-` is one picture; upscale others by another call.")
-    if Path(f"a{settings.suffix}").name != f"a{settings.suffix}":
-        raise ValueError(f"`--suffix` is a part of a name, got {settings.suffix!r}.")
     if output == "-":
         if len(found) > 1 or settings.compare:
             raise ValueError(f"The standard output takes one picture; name a folder for {len(found)} or `--compare`.")
@@ -138,7 +141,12 @@ def plan_targets(found: list[tuple[Path, Path]], output: str, settings: UpscaleS
         raise ValueError(f"`-o {output}` is a file that is no picture; name a folder or a picture file.")
     if streams and not suffix:
         raise ValueError("The standard input has no name; name the result by `-o`, or its format by `--format`.")
-    return [folder / name.with_name(f"{name.stem}{settings.suffix}{suffix or name.suffix}") for _, name in found]
+    return [folder / result_name(name, settings) for _, name in found]
+
+
+def result_name(name: Path, settings: UpscaleSettings) -> Path:
+    """The name that a result has below its folder, of that of its picture."""
+    return name.with_name(f"{name.stem}{settings.suffix}{f'.{settings.format}' if settings.format else name.suffix}")
 
 
 def is_one_file(output: str) -> bool:
@@ -214,6 +222,7 @@ class FileUpscaler:
             **settings.size,
         )
         self.lr_pixels = settings.pixels // pipe.scale_factor**2  # at most, of an input
+        self.measured: dict = {}  # speeds
 
     def deciding(self) -> dict:
         """All that a result depends on beside its picture: the version, the weights and the settings."""
@@ -226,36 +235,57 @@ class FileUpscaler:
         return {"version": flowsr.__version__, "pipeline": weights, **decides}
 
     def estimate(self, source: Path) -> Estimate:
-        """What a picture will take.
+        """What a picture will take; the speed of this machine is measured once.
 
         Raises:
             ValueError: for what is no picture, or cannot be done.
         """
         *size, channels, dtype = shape_of(source, self.lr_pixels)
-        return estimate(self.pipe, size, channels, dtype, max_memory=self.settings.max_memory, **self.call)
+        return estimate(
+            self.pipe, size, channels, dtype, max_memory=self.settings.max_memory, measured=self.measured, **self.call
+        )
+
+    def foresee(self, sources: list[Path]) -> float | None:
+        """Seconds for all pictures, by at most 64 of them; `None` where the measuring would be a tenth of the work."""
+        some = sources[:: math.ceil(len(sources) / FORESEEN) or 1]
+        shapes, needed = [], []
+        for source in some:  # what cannot be done is named when its turn comes
+            with contextlib.suppress(ValueError):
+                shapes.append(shape_of(source, self.lr_pixels))
+        if sum(width * height for width, height, *_ in shapes) < 10 * 2 * SAMPLE**2:
+            return None
+        for source in some:
+            with contextlib.suppress(ValueError):
+                needed.append(self.estimate(source).seconds)
+        return sum(needed) * len(sources) / len(some)
 
     def __call__(
         self,
         source: Path,
         target: Path,
         done: Done | None = None,
+        content: bytes | None = None,
         stream: BinaryIO | None = None,
         say: Callable[[str], None] = lambda note: None,
         advice: bool = True,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[Progress], None] = lambda so_far: None,
     ) -> dict:
         """Upscales one file and reports: `input`, `model`, `output`, `width`, `height` and `seconds`, or an `error`.
 
         Args:
             source, target, stream, say, progress: as for [`~flowsr.upscaler.upscale_file`].
             done: where the start is noted.
+            content: of the file, where it was read already; `source` names it.
             advice: also say which weights may suit the picture better.
         """
         report, start = {"input": str(source)}, time.perf_counter()
         try:
             if done is not None:
                 done.begin(source, target)
-            picture = read_file(source, self.lr_pixels)
+            if content is None:
+                picture = read_file(source, self.lr_pixels)
+            else:
+                picture = read_data(content, str(source), self.lr_pixels)
             report["model"], better = advise(picture, self.settings.checkpoint, list(self.models))
             if better and advice:
                 say(better)

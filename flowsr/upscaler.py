@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import flowsr
+from flowsr.estimate import memory_in_one_piece
 from flowsr.fidelity_map import stretch
 from flowsr.files import (
     MAX_PIXELS,
@@ -30,7 +31,7 @@ from flowsr.files import (
 from flowsr.loading import load_upscaler
 from flowsr.picture_file import PictureFile
 from flowsr.pipelines.output_size import OutputSize
-from flowsr.streaming import Resized, Upscaled, has_parts, upscaled
+from flowsr.streaming import Progress, Resized, Upscaled, following_steps, has_parts, upscaled
 
 
 class Upscaler:
@@ -138,7 +139,7 @@ def upscale_file(
     max_memory: int | None = None,
     stream: BinaryIO | None = None,
     say: Callable[[str], None] = lambda note: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[Progress], None] = lambda so_far: None,
     **options,
 ) -> tuple[int, int]:
     """Upscales a picture file, with all that it holds, into another.
@@ -156,7 +157,7 @@ def upscale_file(
             ([`has_parts`]); by default half of what is free.
         stream: to write to instead of a file.
         say: called with what the result cannot keep of `source`, in words, before any work.
-        progress: called with the number of parts of a frame that are done and of all, where there are parts.
+        progress: called with a [`Progress`] within a frame, after every step and every part.
         **options: further arguments of the pipeline's call; a map of `fidelity`, an array, may have any size and is
             stretched over each frame.
 
@@ -172,6 +173,9 @@ def upscale_file(
         if has_parts(pipe):
             parts = upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **call)
             return parts if by_rows else parts[:]
+        lr = pixels.shape[1::-1]
+        memory_in_one_piece(pipe, lr, size.of(*lr[::-1])[::-1], call.get("tile"))
+        call |= following_steps(lambda *steps: progress(Progress(0, 1, *steps)))
         generator = torch.Generator().manual_seed(seed)
         return pipe(pixels, generator=generator, output_type="np", **call).images[0]
 

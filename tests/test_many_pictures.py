@@ -1,9 +1,11 @@
 """A folder of pictures, of which some fail, and one that several machines share."""
 
+import json
+
 import PIL.Image
 import pytest
 import torch
-from conftest import make_encoded_pipeline, random_picture
+from conftest import make_ddpm, make_encoded_pipeline, random_picture
 
 from flowsr import upscaler
 from flowsr.cli import main
@@ -68,3 +70,37 @@ def test_shards_do_each_picture_once(call, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*call, "--shard", wrong])
         assert "a shard is I/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [make_encoded_pipeline, make_ddpm])
+def test_lines_of_json_tell_the_steps_of_every_picture(make, call, tmp_path, capsys):
+    make().save_pretrained(tmp_path / "checkpoint")
+    assert main([*call, "--steps", "3", "--json-progress"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for number in range(4):
+        mine = [line for line in lines if line["input"].endswith(f"{number}.png")]
+        steps = [(line["step"], line["steps"]) for line in mine if line.get("step")]
+        assert steps == [(1, 3), (2, 3), (3, 3)]
+        assert all(line["seconds_left"] >= 0 for line in mine[:-1])
+        assert mine[-1]["width"] == 32
+    assert main([*call, "--overwrite", "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_time_is_told_before_work_of_above_a_minute(call, tmp_path, capsys, monkeypatch):
+    random_picture(500, 400).save(tmp_path / "in/large.png")
+    monkeypatch.setattr("flowsr.estimate.measure", lambda *shape, **options: 1.0)  # second for an LR pixel
+    upscaled = []
+    monkeypatch.setattr("flowsr.upscaler.upscale_file", lambda *given, **how: upscaled.append(given) or (1, 1))
+    assert main(call) == 0
+    assert "about 55:" in capsys.readouterr().err.splitlines()[0]  # 500x400 pixels and four of 8x6 to 8x9: 55 hours
+    assert main([*call, "--quiet"]) == 0
+    assert "about" not in capsys.readouterr().err
+    assert len(upscaled) == 10
+
+
+def test_a_picture_in_one_piece_that_does_not_fit_is_refused(call, tmp_path, capsys, monkeypatch):
+    make_ddpm().save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 50_000}))
+    assert main(call) == 1
+    assert "in one piece" in capsys.readouterr().err

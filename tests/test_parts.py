@@ -116,9 +116,11 @@ def test_rows_and_areas_are_those_of_the_whole_picture():
     whole = whole_image(pipe, image, 3, num_inference_steps=2)
     options = {"seed": 3, "num_inference_steps": 2, "tile": 40}
     written, rows, done = np.zeros_like(whole), [], []
-    stream(image, written, pipe, progress=lambda *numbers: done.append(numbers), **options)
+    stream(image, written, pipe, progress=done.append, **options)
     assert np.array_equal(written, whole)
-    assert done == [(number, 6) for number in range(1, 7)]
+    expected = [((part, 6, 1, 2), (part, 6, 2, 2), (part + 1, 6, 0, 1)) for part in range(6)]
+    assert done == [tuple(each) for part in expected for each in part]
+    assert [each.share for each in done] == sorted(each.share for each in done)
     stream(image, rows.append, pipe, **options)
     assert [len(each) for each in rows] == [160, 160, 120]
     assert np.array_equal(np.concatenate(rows), whole)

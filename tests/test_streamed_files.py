@@ -84,7 +84,7 @@ def test_files_in_parts_hold_the_whole_picture(tmp_path, pipe, mode, suffix):
     options = {"seed": 2, "num_inference_steps": 2}
     parts = []
     upscale_file(pipe, tmp_path / "a.tif", tmp_path / f"b.{suffix}", tile=40, **options,
-                 progress=lambda done, total: parts.append(total))  # fmt: skip
+                 progress=lambda so_far: parts.append(so_far.parts))  # fmt: skip
     assert set(parts) == {9}
     upscale_file(pipe, tmp_path / "a.tif", tmp_path / f"whole.{suffix}", tile=200, **options)
     assert (tmp_path / f"b.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
