@@ -23,12 +23,13 @@ INTRODUCTION = """# Numbers of the bundled x4 network
 Made by `python benchmarks/published.py DATA --lpips_weights lpips_squeeze_v0.1.safetensors`, seed 0, float32. LR and
 metrics follow MATLAB's conventions: PSNR and SSIM on Y (BT.601), border 4. LPIPS is v0.1 with SqueezeNet, which is
 not comparable with published AlexNet numbers. **LPIPS with SqueezeNet was in the training of the head**, so it
-flatters the vivid end; HaarPSI (1 for the original) and `detail` (energy beyond the LR grid, 1 for the original) were
-seen by no training. Neither set was looked at for a choice.
-LR-PSNR says how well the output downscales to its input. Seconds are those of the machine at that time.
+flatters the vivid end. No training used HaarPSI (1 for the original) or `detail` (energy beyond the LR grid, 1 for the
+original). Neither set influenced a choice. LR-PSNR says
+how well the output downscales to its input. Seconds are those of the machine at that time.
 
-**The dial between its ends is not even at eight steps**: at fidelity 0.25 to 0.75 all eight steps are taken above that
-sigma, and small steps at high sigma drift. Fewer steps, or a blend of the two ends, give a better picture there.
+**The dial is not even between its ends at eight steps.** At fidelity 0.25 to 0.75 all eight steps are taken above
+that sigma, and errors add up over small steps at high sigma. Fewer steps, or a blend of the
+two ends, give a better picture there.
 
 The rows of other systems were measured on the same files with the same PSNR and LPIPS (`benchmarks/others_Set5.csv`,
 `others_Set14.csv`). In the plots, grey lines are the straight blends of any two of them."""
