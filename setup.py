@@ -13,6 +13,7 @@ HEIF = ["pillow-heif"]
 APP = ["gradio>=6"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
+TEST += ["dask[array]", "zarr>=3"]  # of examples/gigapixel.py
 TEST += ["playwright"]  # with a Chromium of the system
 TEST += ["nbclient", "ipykernel"]
 
