@@ -9,7 +9,8 @@ BENCHMARKS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_benchmark_finds_what_it_imports(path):
+def test_a_benchmark_finds_what_it_imports(path, monkeypatch):
+    monkeypatch.syspath_prepend(path.parent)  # as for a script: they import from each other
     try:
         assert callable(runpy.run_path(str(path), run_name="imported")["main"])
     except ImportError as error:
