@@ -129,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--height", type=int, help="of the result in pixels; alone, the proportions stay")
     it.add_argument("--steps", type=int, default=4, help="network evaluations (default: 4)")
     it.add_argument("--compare", action="store_true", help="also write `bicubic | flowsr` side by side")
+    it.add_argument("--uncertainty", action="store_true", help="also write a heat map of how far 8 samples lie apart")
     it.add_argument("--quiet", action="store_true", help="print errors alone")
     it.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
     it.add_argument("--json-progress", action="store_true", help="likewise, and one after each step within a picture")

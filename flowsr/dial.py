@@ -19,9 +19,8 @@ from flowsr.fidelity_map import stretch
 from flowsr.picture_file import PictureFile
 from flowsr.pipelines.output_size import resize
 from flowsr.streaming import as_dtype
+from flowsr.uncertainty import heat
 from flowsr.upscaler import has_dial
-
-FULL_HEAT = 0.15  # of the range: the difference that a heat map draws in white
 
 
 def blend_ends(
@@ -61,11 +60,7 @@ def invention_heat(faithful: np.ndarray, vivid: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(h, w, 3)`, uint8; white for a mean difference of `FULL_HEAT` of the range and more.
     """
-    top = np.iinfo(faithful.dtype).max
-    difference = np.abs(vivid.astype(np.float32) - faithful).mean(axis=2) / top / FULL_HEAT
-    ramp = np.array([[0, 0, 0], [170, 0, 30], [255, 120, 0], [255, 230, 90], [255, 255, 255]])
-    stops = np.linspace(0, 1, len(ramp))
-    return np.stack([np.interp(difference, stops, ramp[:, c]) for c in range(3)], axis=2).round().astype(np.uint8)
+    return heat(np.abs(vivid.astype(np.float32) - faithful).mean(axis=2) / np.iinfo(faithful.dtype).max)
 
 
 @dataclass

@@ -47,6 +47,7 @@ class UpscaleSettings:
         tile: of the call too; 0 for none.
         format, suffix, quality: of the files.
         compare: also write `bicubic | upscaled`.
+        uncertainty: also write a heat map of how far samples lie apart.
         provenance: write into the file how it was made.
         max_pixels (`int`, *optional*): of a result; [`MAX_PIXELS`] without.
         max_memory (`int`, *optional*): bytes, as for [`~flowsr.streaming.Upscaled`].
@@ -68,6 +69,7 @@ class UpscaleSettings:
     suffix: str = ""
     quality: int | None = None
     compare: bool = False
+    uncertainty: bool = False
     provenance: bool = True
     max_pixels: int | None = None
     max_memory: int | None = None
@@ -131,8 +133,11 @@ def plan_targets(found: list[tuple[Path, Path]], output: str, settings: UpscaleS
     if streams and len(found) > 1:
         raise ValueError("The standard input `-` is one picture; upscale others by another call.")
     if output == "-":
-        if len(found) > 1 or settings.compare:
-            raise ValueError(f"The standard output takes one picture; name a folder for {len(found)} or `--compare`.")
+        if len(found) > 1 or settings.compare or settings.uncertainty:
+            raise ValueError(
+                f"The standard output takes one picture; name a folder for {len(found)}, `--compare` or "
+                "`--uncertainty`."
+            )
         return [Path(f"-{suffix or path.suffix}") for path, _ in found]
     if is_one_file(output):
         check_file(folder, suffix, len(found))
@@ -170,11 +175,17 @@ def check_file(output: Path, suffix: str, count: int) -> None:
 
 def results_of(jobs: list[Job], settings: UpscaleSettings) -> list[Path]:
     """All files that are written."""
-    return [job.target for job in jobs] + [compare_path(job.target) for job in jobs if settings.compare]
+    targets = [job.target for job in jobs]
+    compared = [compare_path(target) for target in targets if settings.compare]
+    return targets + compared + [uncertainty_path(target) for target in targets if settings.uncertainty]
 
 
 def compare_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}_compare.png")
+
+
+def uncertainty_path(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_uncertainty.png")
 
 
 def refuse_existing(jobs: list[Job], settings: UpscaleSettings) -> None:
@@ -221,6 +232,8 @@ class FileUpscaler:
             tile=tile,
             **settings.size,
         )
+        if settings.uncertainty and not upscaler.has_dial(pipe):
+            raise ValueError(f"`--uncertainty` is of flows, and a {type(pipe).__name__} is a diffusion; take x4.")
         self.lr_pixels = settings.pixels // pipe.scale_factor**2  # at most, of an input
         self.measured: dict = {}  # speeds
 
@@ -308,6 +321,7 @@ class FileUpscaler:
             target,
             seed=settings.seed,
             compare_to=compare_path(target) if settings.compare else None,
+            uncertainty_to=uncertainty_path(target) if settings.uncertainty else None,
             model=model if settings.provenance else None,
             quality=settings.quality,
             max_pixels=settings.pixels,

@@ -32,6 +32,7 @@ from flowsr.loading import load_upscaler
 from flowsr.picture_file import PictureFile
 from flowsr.pipelines.output_size import OutputSize
 from flowsr.streaming import Progress, Resized, Upscaled, following_steps, has_parts, upscaled
+from flowsr.uncertainty import heat, sampled_uncertainty
 
 
 class Upscaler:
@@ -133,6 +134,7 @@ def upscale_file(
     target: Path,
     seed: int = 0,
     compare_to: Path | None = None,
+    uncertainty_to: Path | None = None,
     model: str | None = None,
     quality: int | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -150,6 +152,7 @@ def upscale_file(
             format is that of `source`.
         seed (`int`): of the noise that the flow starts from, in every frame.
         compare_to (`Path`, *optional*): also write `bicubic | upscaled` of the first frame into this file.
+        uncertainty_to (`Path`, *optional*): also write the heat map of the first frame's uncertainty into this file.
         model (`str`, *optional*): name to write into the file with how the picture was made; nothing without.
         quality (`int` in 1..100, *optional*): of lossy compression.
         max_pixels (`int`): of the network's result and of the resized one, all frames together.
@@ -169,7 +172,7 @@ def upscale_file(
     """
 
     def enlarge(pixels: np.ndarray) -> np.ndarray | Upscaled | Resized:
-        call = options | ({"fidelity": stretch(fidelity, pixels.shape[:2])} if mapped else {})
+        call = fitted(options, pixels)
         if has_parts(pipe):
             parts = upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **call)
             return parts if by_rows else parts[:]
@@ -179,7 +182,6 @@ def upscale_file(
         generator = torch.Generator().manual_seed(seed)
         return pipe(pixels, generator=generator, output_type="np", **call).images[0]
 
-    mapped = isinstance(fidelity := options.get("fidelity"), np.ndarray)
     scale = pipe.scale_factor
     size = OutputSize(scale, *(options.get(name) for name in ("outscale", "height", "width")))
     picture = source if isinstance(source, PictureFile) else read_file(source, max_pixels // scale**2)
@@ -188,7 +190,7 @@ def upscale_file(
         facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale, "seed": seed}
         names = {"num_inference_steps": "steps", "fidelity": "fidelity", "consistency": "consistency"}
         facts |= {short: options[name] for name, short in names.items() if options.get(name) is not None}
-        facts |= {"fidelity": "map"} if mapped else {}
+        facts |= {"fidelity": "map"} if isinstance(options.get("fidelity"), np.ndarray) else {}
         facts |= resize_facts(picture, size)
         picture = with_provenance(picture, facts)
     if stream is not None and not target.suffix:
@@ -208,7 +210,17 @@ def upscale_file(
     if compare_to is not None:
         bicubic = as_rgb(picture).resize((width, height), PIL.Image.BICUBIC)
         save_picture(side_by_side([bicubic, as_rgb(large)]), compare_to)
+    if uncertainty_to is not None:
+        of = {"max_memory": max_memory} if has_parts(pipe) else {}
+        values = sampled_uncertainty(pipe, picture.frames[0], seed, **of, **fitted(options, picture.frames[0]))
+        save_picture(PIL.Image.fromarray(heat(values)), uncertainty_to)
     return width, height
+
+
+def fitted(options: dict, pixels: np.ndarray) -> dict:
+    """Options of a call, with a map of fidelity stretched over a picture."""
+    fidelity = options.get("fidelity")
+    return options | {"fidelity": stretch(fidelity, pixels.shape[:2])} if isinstance(fidelity, np.ndarray) else options
 
 
 def check_pixels(picture: PictureFile, size: OutputSize, max_pixels: int) -> None:

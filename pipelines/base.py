@@ -345,6 +345,13 @@ class SRPipelineMixin(PipelineMixin):
             )
         return size
 
+    def pixels(self, x_t: torch.Tensor, lr: torch.Tensor, consistency: str | None) -> torch.Tensor:
+        """Final states as images `(outputs, 3, scale * h, scale * w)`, in [0, 1] or little beyond; see `write`."""
+        hr = self.decode(x_t, lr)
+        if consistency is not None:
+            hr = make_consistent(hr, self.from_data_range(lr), self.scale_factor, consistency)
+        return (hr.float() + 1) / 2
+
     def write(
         self,
         batch: Batch,
@@ -364,10 +371,7 @@ class SRPipelineMixin(PipelineMixin):
         check_finite(x_t, self.unet)
         if output_type == "latent":
             return list(x_t)
-        hr = self.decode(x_t, lr)
-        if consistency is not None:
-            hr = make_consistent(hr, self.from_data_range(lr), self.scale_factor, consistency)
-        outputs = ((hr.float() + 1) / 2).split(len(hr) // len(batch.images))
+        outputs = self.pixels(x_t, lr, consistency).split(len(x_t) // len(batch.images))
         size = size.of(*lr.shape[-2:])
         return [
             made for image, each in zip(batch.images, outputs) for made in write_images(each, output_type, image, size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -22,9 +23,31 @@ from .conditioning import estimate, read_class_labels, repeat
 from .consistency import reach
 from .fidelity import StopMap, check_fidelity, read_fidelity
 from .flow import FlowMixin, check_solver
-from .image_processor import batches, read_images, stack_if_equal
+from .image_processor import batches, read_images, stack_if_equal, write_images
+from .output_size import resize
 from .sharing import SelfContainedMixin
 from .tiling import encode, lr_multiple
+
+
+@dataclass
+class FlowMatchSROutput(ImagePipelineOutput):
+    """What a call gives; the last two only with `output_uncertainty=True`.
+
+    Attributes:
+        images: the outputs.
+        mean: of the outputs of each image, in the same kind.
+        uncertainty (`np.ndarray` of shape `(images, H, W)`, or a list of `(H, W)` where sizes differ): for each pixel
+            the standard deviation to be expected of the mean's colours from the truth, where white is 1.
+    """
+
+    mean: list | np.ndarray | torch.Tensor | None = None
+    uncertainty: list | np.ndarray | None = None
+
+
+def spread(samples: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """Mean `(1, c, h, w)` and standard deviation `(h, w)` of samples `(n, c, h, w)`, the latter over all colours."""
+    deviation = samples.var(dim=0).mean(dim=0).sqrt()
+    return samples.mean(dim=0, keepdim=True), deviation.cpu().numpy()
 
 
 class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, DiffusionPipeline):
@@ -39,6 +62,9 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             `source="prior"` (posterior-mean rectified flow, Ohayon et al. 2024): a transformers image-to-image model
             such as `Swin2SRForImageSuperResolution`, or a `ModelMixin`; see [`estimate`] for how it is called. None
             where the network has an encoder, which gives that estimate.
+        uncertainty_factor (`float`): what the standard deviation of samples is multiplied by to be that of the error.
+            Samples of a network lie closer together than the truth lies to them; the factor is measured once for a
+            checkpoint (benchmarks/uncertainty.py).
 
     Raises:
         ValueError: where network, scheduler and prior do not fit each other.
@@ -59,10 +85,13 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         scheduler: SchedulerMixin,
         data_range: list[float] = [-1.0, 1.0],
         prior: torch.nn.Module | None = None,
+        uncertainty_factor: float = 1.0,
     ):
         super().__init__()
+        if not isinstance(uncertainty_factor, (int, float)) or not 0 < uncertainty_factor < math.inf:
+            raise ValueError(f"`uncertainty_factor` must be a positive number, got {uncertainty_factor!r}.")
         self.register_modules(unet=unet, scheduler=scheduler, prior=prior)
-        self.register_to_config(data_range=list(data_range))
+        self.register_to_config(data_range=list(data_range), uncertainty_factor=uncertainty_factor)
         check_flow(self)
 
     @torch.no_grad()
@@ -90,7 +119,8 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
         outscale: float | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        output_uncertainty: bool = False,
+    ) -> FlowMatchSROutput | tuple:
         """Upscales; each output is exactly `scale_factor` times its input, or of the size that is asked for.
 
         Args:
@@ -132,9 +162,13 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
                 pixels per input pixel, or that many pixels; one side alone keeps the proportions. The finished image
                 of `scale_factor` times the input is resized by Lanczos' kernel, antialiased; beyond `scale_factor`
                 that adds pixels and no detail.
+            output_uncertainty (`bool`): also give the mean of the outputs of each image, and its uncertainty pixel by
+                pixel: the standard deviation of these outputs times `uncertainty_factor`. Take eight outputs
+                (`num_images_per_prompt=8`) or more.
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] with `images`, or the tuple `(images,)`.
+            [`FlowMatchSROutput`] with `images`, or the tuple `(images,)`; with `output_uncertainty` also `mean` and
+            `uncertainty`.
 
         Raises:
             ValueError, TypeError: for input that cannot be right, before any work.
@@ -173,12 +207,17 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
             guidance_scale=guidance_scale, generator=generator, latents=latents, output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        if output_uncertainty and (num_images_per_prompt < 2 or output_type == "latent" or lowest == 1):
+            raise ValueError(
+                "`output_uncertainty` compares finished samples: it needs `num_images_per_prompt` from 2, better 8, a "
+                f"`fidelity` below 1 and no 'latent', got {num_images_per_prompt}, {fidelity} and {output_type!r}."
+            )
         device = self._execution_device
         labels = read_class_labels(self.unet, class_labels, len(images), device)
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.set_sigmas(num_inference_steps, sigmas, lowest)
         self._num_timesteps = len(self.scheduler.timesteps)
-        batched, outputs = batches(images, num_images_per_prompt), []
+        batched, outputs, means, deviations = batches(images, num_images_per_prompt), [], [], []
         with self.progress_bar(total=len(batched) * self._num_timesteps) as bar:
             for batch in batched:
                 # 1. The LR, what the network sees beside the state, and the source.
@@ -206,10 +245,20 @@ class FlowMatchSRPipeline(SelfContainedMixin, FlowMixin, SRPipelineMixin, Diffus
 
                 # 3. Agreement with the LR, and back into the kind of image that came.
                 outputs += self.write(batch, x_t, conditions["lr"], consistency, output_type, size)
+                if output_uncertainty:
+                    whole = size.of(*lr.shape[-2:])
+                    made = resize(self.pixels(x_t, conditions["lr"], consistency).clamp(0, 1), whole)
+                    for source, samples in zip(batch.images, made.split(num_images_per_prompt)):
+                        mean, deviation = spread(samples)
+                        means += write_images(mean, output_type, source, whole)
+                        deviations.append(self.config.uncertainty_factor * deviation)
 
         self.maybe_free_model_hooks()
         outputs = stack_if_equal(outputs, output_type)
-        return ImagePipelineOutput(images=outputs) if return_dict else (outputs,)
+        if not output_uncertainty:
+            return FlowMatchSROutput(images=outputs) if return_dict else (outputs,)
+        found = (outputs, stack_if_equal(means, output_type), stack_if_equal(deviations, "np"))
+        return FlowMatchSROutput(*found) if return_dict else found
 
     def set_sigmas(self, num_inference_steps: int, sigmas: list[float] | None, fidelity: float) -> None:
         """Sets the grid of the scheduler: `sigmas`, or that of `grid`."""

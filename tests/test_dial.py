@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import make_pipeline, random_picture, smooth_picture
 
-from flowsr.dial import FULL_HEAT, at_fidelity, blend_ends, both_ends, invention_heat, resized
+from flowsr.dial import at_fidelity, blend_ends, both_ends, invention_heat, resized
 from flowsr.picture_file import PictureFile
+from flowsr.uncertainty import FULL_HEAT
 
 
 @pytest.fixture
