@@ -23,13 +23,19 @@ COMPONENTS = {  # class: module; the names stand in saved pipelines
     "FlowMatchSRPipeline": "flowsr.pipelines.pipeline_flow_match_sr",
     "UNetSRModel": "flowsr.models.unet_sr",
 }
-_HOMES = {**COMPONENTS, "Upscaler": "flowsr.upscaler", "stream": "flowsr.streaming"}
+_HOMES = {
+    **COMPONENTS,
+    "FlowMatchSRBlocks": "flowsr.pipelines.modular_flow_match_sr",
+    "Upscaler": "flowsr.upscaler",
+    "stream": "flowsr.streaming",
+}
 
 __all__ = [
     "ContextUNetSRModel",
     "DDPMSRPipeline",
     "EncodedSRModel",
     "FlowMatchPipeline",
+    "FlowMatchSRBlocks",
     "FlowMatchSREulerScheduler",
     "FlowMatchSRPipeline",
     "UNetSRModel",
@@ -42,6 +48,7 @@ if _TYPE_CHECKING:
     from flowsr.models.encoded_sr import EncodedSRModel
     from flowsr.models.unet_sr import UNetSRModel
     from flowsr.models.unet_sr_context import ContextUNetSRModel
+    from flowsr.pipelines.modular_flow_match_sr import FlowMatchSRBlocks
     from flowsr.pipelines.pipeline_ddpm_sr import DDPMSRPipeline
     from flowsr.pipelines.pipeline_flow_match import FlowMatchPipeline
     from flowsr.pipelines.pipeline_flow_match_sr import FlowMatchSRPipeline
