@@ -152,7 +152,8 @@ def upscale_file(
             format is that of `source`.
         seed (`int`): of the noise that the flow starts from, in every frame.
         compare_to (`Path`, *optional*): also write `bicubic | upscaled` of the first frame into this file.
-        uncertainty_to (`Path`, *optional*): also write the heat map of the first frame's uncertainty into this file.
+        uncertainty_to (`Path`, *optional*): also write the heat map of the first frame's uncertainty, at fidelity 0,
+            into this file.
         model (`str`, *optional*): name to write into the file with how the picture was made; nothing without.
         quality (`int` in 1..100, *optional*): of lossy compression.
         max_pixels (`int`): of the network's result and of the resized one, all frames together.
@@ -171,8 +172,10 @@ def upscale_file(
         ValueError: for a file that cannot be read or written, naming it; before any work where that can be known.
     """
 
+    fidelity = options.get("fidelity")
+
     def enlarge(pixels: np.ndarray) -> np.ndarray | Upscaled | Resized:
-        call = fitted(options, pixels)
+        call = options | ({"fidelity": stretch(fidelity, pixels.shape[:2])} if np.ndim(fidelity) else {})
         if has_parts(pipe):
             parts = upscaled(pixels, pipe, seed=seed, max_memory=max_memory, progress=progress, **call)
             return parts if by_rows else parts[:]
@@ -190,7 +193,7 @@ def upscale_file(
         facts = {"software": f"flowsr {flowsr.__version__}", "model": model, "scale": scale, "seed": seed}
         names = {"num_inference_steps": "steps", "fidelity": "fidelity", "consistency": "consistency"}
         facts |= {short: options[name] for name, short in names.items() if options.get(name) is not None}
-        facts |= {"fidelity": "map"} if isinstance(options.get("fidelity"), np.ndarray) else {}
+        facts |= {"fidelity": "map"} if np.ndim(fidelity) else {}
         facts |= resize_facts(picture, size)
         picture = with_provenance(picture, facts)
     if stream is not None and not target.suffix:
@@ -211,16 +214,11 @@ def upscale_file(
         bicubic = as_rgb(picture).resize((width, height), PIL.Image.BICUBIC)
         save_picture(side_by_side([bicubic, as_rgb(large)]), compare_to)
     if uncertainty_to is not None:
-        of = {"max_memory": max_memory} if has_parts(pipe) else {}
-        values = sampled_uncertainty(pipe, picture.frames[0], seed, **of, **fitted(options, picture.frames[0]))
+        vivid = {name: value for name, value in options.items() if name != "fidelity"}
+        vivid |= {"max_memory": max_memory} if has_parts(pipe) else {}
+        values = sampled_uncertainty(pipe, picture.frames[0], seed, **vivid)
         save_picture(PIL.Image.fromarray(heat(values)), uncertainty_to)
     return width, height
-
-
-def fitted(options: dict, pixels: np.ndarray) -> dict:
-    """Options of a call, with a map of fidelity stretched over a picture."""
-    fidelity = options.get("fidelity")
-    return options | {"fidelity": stretch(fidelity, pixels.shape[:2])} if isinstance(fidelity, np.ndarray) else options
 
 
 def check_pixels(picture: PictureFile, size: OutputSize, max_pixels: int) -> None:

@@ -90,5 +90,8 @@ def test_the_command_line_writes_a_heat_map(tmp_path, capsys):
     call += ["--uncertainty", "--steps", "2"]
     assert main([*call, "-o", str(tmp_path / "out")]) == 0
     assert PIL.Image.open(tmp_path / "out" / "a_uncertainty.png").size == (40, 32)
-    assert main([*call, "-o", str(tmp_path / "out2"), "--fidelity", "1"]) == 1
-    assert "`--uncertainty`" in capsys.readouterr().err
+    assert main([*call, "-o", str(tmp_path / "faithful"), "--fidelity", "1"]) == 0  # which has no spread of its own
+    heat_maps = [PIL.Image.open(tmp_path / folder / "a_uncertainty.png") for folder in ("out", "faithful")]
+    assert np.array_equal(*heat_maps) and np.asarray(heat_maps[0]).any()
+    assert main([*call, "-o", "-"]) == 1
+    assert "takes one picture" in capsys.readouterr().err
