@@ -388,8 +388,9 @@ def test_pipeline_dtypes_and_devices(make, tmp_path):
     assert pipe.to("cpu").device == torch.device("cpu")
     assert pipe.to(torch.float16).unet.dtype == torch.float16
     pipe.to(torch.float32).save_pretrained(tmp_path)
-    loaded = type(pipe).from_pretrained(tmp_path, torch_dtype={"unet": torch.bfloat16, "default": torch.float16})
-    assert loaded.unet.dtype == torch.bfloat16
+    for name in ("dtype", "torch_dtype"):
+        loaded = type(pipe).from_pretrained(tmp_path, **{name: {"unet": torch.bfloat16, "default": torch.float16}})
+        assert loaded.unet.dtype == torch.bfloat16
     assert (call(loaded) - call(pipe)).abs().mean() < 0.05
 
 
