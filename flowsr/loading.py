@@ -106,8 +106,10 @@ def is_single_file(place: str) -> bool:
 
 
 def best_device() -> torch.device:
-    """The first CUDA device, and where there is none the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The CPU, or a CUDA device: the first, and for one of several launched processes that of its LOCAL_RANK."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def pipeline_class(place: str) -> type[DiffusionPipeline]:

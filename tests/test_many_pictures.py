@@ -1,14 +1,19 @@
 """A folder of pictures, of which some fail, and one that several machines share."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from conftest import make_ddpm, make_encoded_pipeline, random_picture
+from conftest import ROOT, make_ddpm, make_encoded_pipeline, random_picture
 
 from flowsr import upscaler
 from flowsr.cli import main
+from flowsr.folders import in_shard, shard_of_process
 
 
 @pytest.fixture
@@ -104,3 +109,31 @@ def test_a_picture_in_one_piece_that_does_not_fit_is_refused(call, tmp_path, cap
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 50_000}))
     assert main(call) == 1
     assert "in one piece" in capsys.readouterr().err
+
+
+def test_launched_processes_share_what_one_would_do(monkeypatch):
+    names = [Path(f"{number}.png") for number in range(50)]
+    for shard in (None, (2, 3)):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert shard_of_process(shard) == shard
+        shares = []
+        for rank in range(4):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "4")
+            shares += [name for name in names if in_shard(name, shard_of_process(shard))]
+        assert sorted(shares) == sorted(name for name in names if shard is None or in_shard(name, shard))
+
+
+def test_two_launched_processes_make_what_one_makes(call, tmp_path):
+    for number in range(4, 8):
+        random_picture(8, 6, seed=number).save(tmp_path / f"in/{number}.png")
+    assert main([*call, "-o", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flowsr"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *call], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made, expected = ({path.name: path.read_bytes() for path in (tmp_path / at).iterdir()} for at in ("out", "one"))
+    assert made == expected
+    counts = [int(line.split()[0]) for line in done.stdout.splitlines() if "pictures written" in line]
+    assert len(counts) == 2 and sum(counts) == 8 and 0 < min(counts)
