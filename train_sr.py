@@ -39,7 +39,7 @@ from flowsr.training.crops import CropDataset, Cropping, CropStream, as_images
 from flowsr.training.hold_out import hold_out, pairs_of
 from flowsr.training.interruptions import STOPPED, Interruption, leave_signals_to_the_trainer
 from flowsr.training.objectives import Diffusion, FlowMatching, PosteriorMean
-from flowsr.training.optimizers import apply_rate, make_optimizer
+from flowsr.training.optimizers import MAX_NORM, apply_rate, make_optimizer
 from flowsr.training.pictures import check_classes, load_images, with_lr
 from flowsr.training.record import Stopwatch, log, summary, versions
 from flowsr.training.settings import check_pipeline, parse_settings
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     images, held_out = hold_out(images, settings, scale, accelerator.print)
     cropping = Cropping(
         settings.resolution, scale, settings.seed, unet.config.out_channels, settings.degradation,
-        settings.augmentation, settings.center_crop, settings.resize_to,
+        settings.augmentation, settings.resize_to,
     )  # fmt: skip
     pairs = pairs_of(held_out, cropping, settings.small_images) if upscales else []
 
@@ -134,10 +134,10 @@ def main(arguments: list[str]) -> None:
     else:
         overfit = crops_per_step if settings.overfit else None
         crops = CropDataset(
-            images, cropping, progress.images, length, settings.cache_gib, overfit, small_images=settings.small_images
+            images, cropping, progress.images, length, overfit=overfit, small_images=settings.small_images
         )
         if settings.teacher:
-            crops.teacher = teacher_from(settings.teacher, scale, settings.teacher_cache, accelerator.device)
+            crops.teacher = teacher_from(settings.teacher, scale, output_dir.parent / "teacher", accelerator.device)
             answer_all(crops, accelerator.process_index, accelerator.num_processes, not accelerator.is_main_process)
             accelerator.wait_for_everyone()
     loader = DataLoader(
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> None:
                 loss = loss + objective.unrolled_loss(image, example)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trainable(unet), settings.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(trainable(unet), MAX_NORM)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
@@ -238,8 +238,7 @@ def main(arguments: list[str]) -> None:
                 ema.copy_to(trainable(ema_unet))
                 validate(accelerator, pipe, settings, progress, pairs, lpips_of_pictures)
             if saves:
-                limit = settings.checkpoints_total_limit
-                checkpoints.save(accelerator, output_dir, progress.step, limit, asdict(settings))
+                checkpoints.save(accelerator, output_dir, progress.step, asdict(settings))
         if stopped:
             accelerator.print(
                 f"Stopped by a signal after step {progress.step}; go on with `--resume_from_checkpoint latest`."

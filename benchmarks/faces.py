@@ -63,7 +63,7 @@ def main() -> None:
 
     side = convert(checkpoints[0]).config.sample_size[0]
     faces = load_images([options.faces], None)
-    crops = CropDataset(faces, Cropping(side, 1, augmentation="none", center_crop=True, resize_to=side))  # shuffled
+    crops = CropDataset(faces, Cropping(side, 1, augmentation="none", resize_to=side))  # shuffled
     real = torch.stack([as_images(crops[number])["hr"] for number in range(len(faces))])
     kid.update(real[options.samples :], real=True)
     print("| faces | KID |\n|---|---|")

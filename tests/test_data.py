@@ -37,8 +37,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_crops_are_aligned_and_a_function_of_seed_and_index(images):
-    stream = CropDataset(images, Cropping(32, 4, seed=3), start=0, length=40, cache_gib=1.0)
-    later = CropDataset(images, Cropping(32, 4, seed=3), start=10, length=30)
+    stream = CropDataset(images, Cropping(32, 4, seed=3), start=0, length=40)
+    later = CropDataset(images, Cropping(32, 4, seed=3), start=10, length=30, cache=0)
     assert all(same(stream[10 + i], later[i]) for i in (0, 7, 25))
     assert not torch.equal(stream[0]["hr"], CropDataset(images, Cropping(32, 4, seed=4), 0, 1)[0]["hr"])
     crop = stream[5]
@@ -72,7 +72,7 @@ def test_overfitting_repeats_the_first_crops_under_new_numbers(images):
 
 
 def test_the_cache_keeps_no_more_than_it_may(images):
-    stream = CropDataset(images, Cropping(32, 4), 0, 20, cache_gib=100_000 / 2**30)
+    stream = CropDataset(images, Cropping(32, 4), 0, 20, cache=100_000)
     for i in range(20):
         stream[i]
     held = sum(hr.nbytes + lr.nbytes for hr, lr, *_ in stream.cache.values())
@@ -88,14 +88,14 @@ def test_augmentation_centre_and_size_are_as_asked(tmp_path):
     random_picture(40, 30).save(tmp_path / "a.png")
     picture = np.array(random_picture(40, 30))
     images = load_images([str(tmp_path)], None)
-    plain = CropDataset(images, Cropping(16, 1, augmentation="none", center_crop=True), 0, 20)
+    plain = CropDataset(images, Cropping(16, 1, augmentation="none", resize_to=30), 0, 20)
     assert torch.equal(plain[3]["hr"], to_tensor(picture[7:23, 12:28]))
     assert "lr" not in plain[3]
-    flipped = CropDataset(images, Cropping(16, 1, augmentation="flip", center_crop=True), 0, 20)
+    flipped = CropDataset(images, Cropping(16, 1, augmentation="flip", resize_to=30), 0, 20)
     kinds = {turn(picture[7:23, 12:28], symmetry).tobytes() for symmetry in (0, 4)}
     found = {flipped[i]["hr"].permute(1, 2, 0).numpy().tobytes() for i in range(20)}
     assert found == kinds
-    small = CropDataset(images, Cropping(15, 1, augmentation="none", center_crop=True, resize_to=15), 0, 1)
+    small = CropDataset(images, Cropping(15, 1, augmentation="none", resize_to=15), 0, 1)
     resized = np.asarray(PIL.Image.fromarray(picture).resize((20, 15), PIL.Image.BICUBIC))
     assert torch.equal(small[0]["hr"], to_tensor(resized[:, 2:17]))
     grey = CropDataset(images, Cropping(16, 1, channels=1), 0, 1)

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput as UNetOutput
 
 from flowsr import FlowMatchSREulerScheduler, FlowMatchSRPipeline
 from flowsr.degradations import matlab_bicubic
-from flowsr.training.distances import LOSSES, charbonnier, colour_loss, huber, perceptual_loss, rmse
+from flowsr.training.distances import LOSSES, charbonnier, colour_loss, huber, perceptual_loss
 from flowsr.training.draws import (
     condition_dropped,
     generators_for,
@@ -114,7 +114,6 @@ def test_distances_have_their_closed_forms():
             "mse": error**2,
             "charbonnier": math.hypot(error, 1e-3),
             "huber": error**2 / 2 if abs(error) <= 0.1 else 0.1 * (abs(error) - 0.05),
-            "rmse": abs(error),
         }
         for name, distance in LOSSES.items():
             assert (distance(target + error, target) - expected[name]).abs().max() < 1e-12, name
@@ -132,20 +131,6 @@ def test_smooth_distances_have_the_gradient_of_l1_far_away_and_are_flat_at_zero(
     assert gradient[0] == 0
     slope = {charbonnier: 1.0, huber: 0.1}[distance]
     assert abs(float(gradient[1]) - slope) < 1e-6
-
-
-def test_rmse_has_the_minimum_of_the_mse_and_no_gradient_there():
-    a, b = torch.rand(2, 5, 3, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(rmse(a, b), torch.stack([F.mse_loss(x, y).sqrt() for x, y in zip(a, b)]))
-    # Its best constant for many numbers is their mean, as that of the MSE and unlike the median of L1.
-    numbers = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
-    constant = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(rmse(constant.expand(1, 4), numbers).sum(), constant)
-    assert abs(float(slope)) < 1e-12
-    # A crop that is met exactly, as of a white page, has gradient zero and not NaN.
-    exact = torch.zeros(2, 3, 4, 4, requires_grad=True)
-    (slope,) = torch.autograd.grad(rmse(exact, torch.zeros(2, 3, 4, 4)).sum(), exact)
-    assert torch.equal(slope, torch.zeros_like(slope))
 
 
 def test_colour_loss_sees_tint_and_not_texture():

@@ -53,8 +53,8 @@ def test_a_used_output_folder_is_refused_without_resuming(tmp_path):
 def test_only_older_checkpoints_make_room(tmp_path):
     for step in (1, 2, 3, 9):
         whole(tmp_path / f"checkpoint-{step}")
-    checkpoints.remove_oldest(tmp_path, step=3, limit=1)  # checkpoint-9 is a damaged one that was passed over
-    assert [path.name for path in checkpoints.found_in(tmp_path)] == ["checkpoint-3", "checkpoint-9"]
+    checkpoints.remove_oldest(tmp_path, step=3)  # checkpoint-9 is a damaged one that was passed over
+    assert [path.name for path in checkpoints.found_in(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-9"]
 
 
 def test_changed_settings_are_told_or_refused():
@@ -133,21 +133,18 @@ def test_what_a_config_must_not_hold(tmp_path, text, message):
         parse_settings([], tmp_path / "config.yaml")
 
 
-def test_adam_has_one_name_and_published_files_go_on_to_work(tmp_path):
+def test_adam_is_one_setting(tmp_path):
     published = Path(flowsr.__file__).with_name("weights") / "x4/encoder_part/settings.yaml"
     assert parse_settings([], published).adam == {"betas": [0.9, 0.99], "eps": 1e-10, "weight_decay": 0.0}
-    flat = {"adam_beta2": 0.999, "adam_weight_decay": 0.1}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(flat))
-    adam = {"betas": [0.9, 0.999], "eps": 1e-10, "weight_decay": 0.1}
-    assert parse_settings([], tmp_path / "config.yaml").adam == adam
     (tmp_path / "config.yaml").write_text("adam: {betas: [0.9, 0.999], weight_decay: 1e-1}\n")
-    assert parse_settings([], tmp_path / "config.yaml").adam == adam
-    # A run goes on from a checkpoint of either form, and differences are told.
-    settings = Settings(adam=adam)
-    before = {**asdict(Settings()), **flat}
-    del before["adam"]
-    assert checkpoints.changed_settings(before, settings) == []
-    assert "`adam`" in checkpoints.changed_settings(before, Settings())[0]
+    adam = parse_settings([], tmp_path / "config.yaml").adam
+    assert adam == {"betas": [0.9, 0.999], "eps": 1e-10, "weight_decay": 0.1}
+    assert "`adam`" in checkpoints.changed_settings(asdict(Settings(adam=adam)), Settings())[0]
+
+
+def test_a_resumed_run_says_which_settings_are_no_more():
+    before = {**asdict(Settings()), "max_grad_norm": 0.5}
+    assert checkpoints.changed_settings(before, Settings()) == ["`max_grad_norm`: 0.5 -> no setting of this version"]
 
 
 def test_a_single_folder_is_a_list_of_one(tmp_path):

@@ -263,7 +263,7 @@ def test_streams_other_paths_and_further_terms(train_script, photo_folder, tmp_p
     out = tmp_path / "run"
     done = train_script(
         *tiny(photo_folder, out, "--streaming", "true", "--max_train_steps", 8, "--logging_steps", 2),
-        "--unet", json.dumps({**SMALL, "precondition": False}), "--loss", "huber", "--endpoint_loss", "rmse",
+        "--unet", json.dumps({**SMALL, "precondition": False}), "--loss", "huber",
         "--colour_weight", 0.5,
         "--scheduler", '{"source": "lr", "path": "vp", "prediction_type": "velocity"}', "--degradation", "real_esrgan",
     )  # fmt: skip
@@ -333,21 +333,6 @@ def test_one_batch_can_be_learned_by_heart(train_script, photo_folder, tmp_path)
     assert losses(out)[-1] < 0.5 * losses(out)[0]
 
 
-def test_the_one_step_answer_can_have_a_distance_of_its_own(train_script, photo_folder, tmp_path):
-    def trained(atom: float, *distances: str) -> list[float]:
-        out = tmp_path / "-".join((str(atom), *distances))
-        few = ("--max_train_steps", 2, "--logging_steps", 1, "--num_validation_images", 0, "--sigma_atom", atom)
-        done = train_script(*tiny(photo_folder, out, *few, "--loss", *distances))
-        assert done.status == 0, done.output
-        return losses(out)
-
-    l1, mse = trained(1, "l1"), trained(1, "mse")
-    assert trained(1, "l1", "--endpoint_loss", "mse") == mse != l1  # all crops are at sigma = 1
-    assert trained(0, "l1", "--endpoint_loss", "mse") == trained(0, "l1")  # none is
-    inside, mixed = trained(0.5, "l1"), trained(0.5, "l1", "--endpoint_loss", "mse")
-    assert mixed not in (inside, trained(0.5, "mse"))
-
-
 def test_condition_dropout_is_trained_and_recorded(train_script, photo_folder, tmp_path):
     unet = json.dumps({**SMALL, "condition_dropout": 0.5})
     run = tiny(photo_folder, tmp_path / "run", "--max_train_steps", 2, "--num_validation_images", 0, "--unet", unet)
@@ -379,8 +364,6 @@ DIFFUSION = ["--pipeline", '{"_class_name": "DDPMSRPipeline"}', "--unet", '{"pre
         (["--unet", '{"precondition": false, "lr_channels": null}'], "its network needs `lr_channels`"),
         ([*DIFFUSION, "--scheduler", '{"_class_name": "FlowMatchSREulerScheduler"}'], "does not reverse a diffusion"),
         ([*DIFFUSION, "--colour_weight", "1"], "are for flows that upscale"),
-        ([*DIFFUSION, "--endpoint_loss", "mse"], "is for flows, not"),
-        (["--endpoint_loss", "l3"], "`endpoint_loss` must be one of"),
         (["--perceptual_weight", "1"], "needs `lpips_weights`"),
         (["--resume_from_checkpoint", "absent"], "there is no folder absent"),
         (["--config", "absent.yaml"], "there is no file absent.yaml"),

@@ -18,14 +18,15 @@ from pathlib import Path
 import yaml
 
 from flowsr.picture_file import one_line
-from flowsr.training.settings import Settings, with_adam
+from flowsr.training.settings import Settings
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.yaml"
+KEPT = 2  # checkpoints, beside the best pipeline
 # What a resumed run must not change: network, optimiser, data and seed. All else is applied from then on.
 FIXED = (
     "pipeline unet scheduler pretrained_model_name_or_path lora_rank train optimizer seed train_data_dir dataset_name "
-    "lr_data_dir streaming small_images resolution resize_to center_crop augmentation degradation overfit "
+    "lr_data_dir streaming small_images resolution resize_to augmentation degradation overfit "
     "num_validation_images"
 ).split()
 OF_THE_CALL = ("output_dir", "resume_from_checkpoint")  # say nothing about the training
@@ -46,8 +47,8 @@ class Progress:
         vars(self).update(state)
 
 
-def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -> Path:
-    """Writes `checkpoint-STEP` with the settings that it was trained with, then removes the oldest beyond `limit`.
+def save(accelerator, output_dir: Path, step: int, settings: dict) -> Path:
+    """Writes `checkpoint-STEP` with the settings that it was trained with, then removes the oldest beyond `KEPT`.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; older checkpoints are as they were.
@@ -72,13 +73,13 @@ def save(accelerator, output_dir: Path, step: int, limit: int, settings: dict) -
             f"still there: {kept}. Make room and go on with `--resume_from_checkpoint latest`."
         ) from error
     if accelerator.is_main_process:
-        remove_oldest(output_dir, step, limit)
+        remove_oldest(output_dir, step)
     return final
 
 
-def remove_oldest(output_dir: Path, step: int, limit: int) -> None:
-    """Keeps the newest `limit` checkpoints up to `step`; later ones, which resuming has passed over, stay."""
-    for old in [path for path in found_in(output_dir) if step_of(path) <= step][:-limit]:
+def remove_oldest(output_dir: Path, step: int) -> None:
+    """Keeps the newest `KEPT` checkpoints up to `step`; later ones, which resuming has passed over, stay."""
+    for old in [path for path in found_in(output_dir) if step_of(path) <= step][:-KEPT]:
         shutil.rmtree(old)
 
 
@@ -211,7 +212,7 @@ def changed_settings(before: dict, settings: Settings) -> list[str]:
     Raises:
         ValueError: if one of them cannot be changed within a run.
     """
-    before, now = with_adam(before), asdict(settings)
+    now = asdict(settings)
     differing = [name for name in now if name in before and name not in OF_THE_CALL and before[name] != now[name]]
     lines = {name: f"`{name}`: {before[name]} -> {now[name]}" for name in differing}
     names_before, names_now = (
@@ -224,4 +225,5 @@ def changed_settings(before: dict, settings: Settings) -> list[str]:
             f"checkpoint: {', '.join(refused)}. Leave them as they were, or start a new run from its pipeline by "
             "`--pretrained_model_name_or_path`."
         )
-    return list(lines.values())
+    gone = [f"`{name}`: {before[name]} -> no setting of this version" for name in sorted(before.keys() - now.keys())]
+    return [*lines.values(), *gone]

@@ -15,6 +15,7 @@ from flowsr.degradations import cut_to_multiple, degrade, matlab_bicubic
 from flowsr.files import as_levels
 from flowsr.training.pictures import UNREADABLE, name_of, open_undecoded, unreadable
 
+CACHE = 8 * 2**30  # bytes of decoded pictures that a loader keeps in memory
 SHUFFLE_BUFFER = 1000  # pictures of a stream among which chance picks the next
 
 
@@ -30,8 +31,8 @@ class Cropping:
         degradation: "bicubic" makes the LR from the whole picture, so that crops have no edges of their own; the
             random chains of [`degrade`] make it from the crop.
         augmentation: "turns" for the eight symmetries of the square, "flip" for left and right, "none".
-        center_crop (`bool`): the middle of the picture instead of a random place.
-        resize_to (`int`, *optional*): pictures are first resized so that the shorter side has this many pixels.
+        resize_to (`int`, *optional*): pictures are first resized so that the shorter side has this many pixels, and
+            the middle is taken instead of a random place.
     """
 
     resolution: int
@@ -40,7 +41,6 @@ class Cropping:
     channels: int = 3
     degradation: str = "bicubic"
     augmentation: str = "turns"
-    center_crop: bool = False
     resize_to: int | None = None
 
     def pair(self, picture: Image.Image, lr: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -81,7 +81,7 @@ class Cropping:
         s, side = self.scale, self.resolution // self.scale
         rows, columns = hr.shape[0] // s - side + 1, hr.shape[1] // s - side + 1  # places on the LR grid
         place = int(random.integers(rows)), int(random.integers(columns))
-        top, left = ((rows - 1) // 2, (columns - 1) // 2) if self.center_crop else place
+        top, left = ((rows - 1) // 2, (columns - 1) // 2) if self.resize_to is not None else place
         symmetry = int(random.integers(8))
         symmetry = {"turns": symmetry, "flip": 4 * (symmetry % 2), "none": 0}[self.augmentation]
         place = slice(top * s, (top + side) * s), slice(left * s, (left + side) * s)
@@ -123,7 +123,7 @@ class CropDataset(Dataset):
             pictures where they are given.
         cropping ([`Cropping`]): how crops are cut.
         start, length (`int`): first crop and number of crops.
-        cache_gib (`float`): how much decoded data is kept in memory, in GiB.
+        cache (`int`): bytes of decoded data that are kept in memory.
         overfit (`int`, *optional*): only so many different crops, over and over.
         teacher: gives an answer for the name of a picture and its LR, see [`flowsr.training.teacher`].
         small_images ("refuse" or "skip"): what becomes of a picture that cannot be decoded: an error, or the next
@@ -131,14 +131,14 @@ class CropDataset(Dataset):
     """
 
     def __init__(
-        self, images, cropping: Cropping, start: int = 0, length: int = 0, cache_gib: float = 0.0,
+        self, images, cropping: Cropping, start: int = 0, length: int = 0, cache: int = CACHE,
         overfit: int | None = None, teacher: Callable[[str | None, np.ndarray], np.ndarray] | None = None,
         small_images: str = "refuse",
     ):  # fmt: skip
         self.images, self.cropping, self.teacher, self.small_images = images, cropping, teacher, small_images
         self.start, self.length, self.overfit = start, length, overfit
         self.labelled = "label" in images.column_names
-        self.cache_left = int(cache_gib * 2**30)
+        self.cache_left = cache
         self.cache: dict[int, tuple] = {}
 
     def __len__(self) -> int:

@@ -19,16 +19,6 @@ def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return mean_of_each(F.mse_loss(prediction, target, reduction="none"))
 
 
-def rmse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Square root of the MSE.
-
-    Its unit is that of L1, so that the two can be mixed; its minimum, in many dimensions, is that of the MSE, with
-    pictures weighted by 1 / RMSE: between MSE (all alike) and the mean of PSNR (1 / MSE).
-    """
-    error = (prediction - target).flatten(1)
-    return torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5  # whose gradient at 0 is 0, unlike sqrt's
-
-
 def charbonnier(prediction: torch.Tensor, target: torch.Tensor, epsilon: float = 1e-3) -> torch.Tensor:
     """Mean of sqrt(error^2 + epsilon^2), a smooth L1 (Charbonnier et al. 1994)."""
     return mean_of_each(torch.sqrt((prediction - target).square() + epsilon**2))
@@ -46,7 +36,6 @@ def mean_of_each(x: torch.Tensor) -> torch.Tensor:
 LOSSES = {
     "l1": l1,  # posterior median: the vivid end of the dial then improves with every step
     "mse": mse,  # posterior mean: Lipman et al. 2023, eq. 14
-    "rmse": rmse,
     "charbonnier": charbonnier,
     "huber": huber,
 }

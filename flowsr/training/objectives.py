@@ -109,7 +109,6 @@ class FlowMatching:
         self.pipe, self.scheduler, self.settings = pipe, pipe.scheduler, settings
         self.lpips, self.autocast = lpips, autocast
         self.distance = LOSSES[settings.loss]
-        self.distance_at_end = LOSSES[settings.endpoint_loss or settings.loss]
 
     def example(self, crops: dict) -> Example:
         """A state between image (sigma = 0) and source (sigma = 1) for each crop."""
@@ -133,7 +132,7 @@ class FlowMatching:
         x_t, timestep, sigma, settings = example.x_t, example.timestep, example.sigma, self.settings
         velocity = self.scheduler.predict_velocity(prediction, x_t, timestep)
         target = self.scheduler.get_velocity(example.image, example.source, timestep)
-        loss = torch.where(sigma == 1, self.distance_at_end(velocity, target), self.distance(velocity, target)).mean()
+        loss = self.distance(velocity, target).mean()
         image = self.scheduler.predict_sample(prediction, x_t, timestep)
         if settings.perceptual_weight and not settings.unroll_weight:
             loss = loss + settings.perceptual_weight * perceptual_loss(self.lpips, *self.seen(image, example), sigma)

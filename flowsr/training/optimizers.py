@@ -11,8 +11,7 @@ from flowsr.training.averages import placed_like
 from flowsr.training.trainable import trainable
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
-
-
+MAX_NORM = 1.0  # gradients are clipped to it
 ADAM = {"betas": [0.9, 0.99], "eps": 1e-10, "weight_decay": 0.0}  # gradients of a mean over small residuals are small
 
 

@@ -41,12 +41,10 @@ class Settings:
     streaming: bool = setting(False, "read the data from start to end, storing nothing")
     small_images: str = setting("refuse", "smaller than a crop, or unreadable: refuse or skip")
     resolution: int = setting(192, "side of a training crop, HR pixels")
-    resize_to: int | None = setting(None, "resize shorter sides to so many pixels first")
-    center_crop: bool = setting(False, "the middle of each picture, not a random place")
+    resize_to: int | None = setting(None, "resize shorter sides to so many pixels and take the middle")
     augmentation: str = setting("turns", "turns (8 symmetries), flip or none")
     degradation: str = setting("bicubic", f"bicubic, {' or '.join(CHAINS)}")
     overfit: bool = setting(False, "the first batch, over and over: can it be learned?")
-    cache_gib: float = setting(8.0, "decoded pictures kept in memory per loader, GiB")
     dataloader_num_workers: int = setting(0, "loader processes; 0 suits cached pictures")
 
     # What is trained; JSON on the command line, a mapping in the file, `_class_name` as in diffusers' configs.
@@ -61,7 +59,6 @@ class Settings:
 
     # Objective.
     loss: str = setting("l1", f"distance of predictions: {', '.join(LOSSES)}")
-    endpoint_loss: str | None = setting(None, "another distance for a flow's crops at sigma = 1, such as rmse")
     frequency_weight: float = setting(0.0, "of the Fourier coefficients' L1, for `train: encoder`; 0: none")
     teacher: str | None = setting(
         None,
@@ -69,7 +66,6 @@ class Settings:
         "of the training pictures, or a model as of `prior`",
     )
     teacher_weight: float = setting(1.0, "the target is so much teacher, the rest HR")
-    teacher_cache: str = setting("runs/teacher", "where a teacher's answers are kept")
     colour_weight: float = setting(0.0, "of the LR's colours in the image estimate; 0: none")
     perceptual_weight: float = setting(0.0, "of (1 - sigma) LPIPS of the image estimate; 0: none")
     lpips_weights: str | None = setting(
@@ -91,7 +87,6 @@ class Settings:
     lr_scheduler: str = setting("cosine", "any name of diffusers.optimization")
     lr_warmup_steps: int = setting(300, "optimiser steps")
     adam: str = setting("{}", f"AdamW's own settings, JSON; by default {json.dumps(ADAM)}")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     ema_decay: float = setting(0.999, "of the weights, per optimiser step")
     mixed_precision: str = setting("no", "no, bf16, fp16 (GPU only) or auto")
     gradient_checkpointing: bool = setting(False, "less memory, a third more time")
@@ -100,7 +95,6 @@ class Settings:
     # Output.
     output_dir: str = setting("runs/x4", "where everything is written")
     checkpointing_steps: int = setting(1000, "optimiser steps between checkpoints")
-    checkpoints_total_limit: int = setting(2, "checkpoints kept, beside the best pipeline")
     resume_from_checkpoint: str | None = setting(None, "a checkpoint folder, or latest")
     validation_steps: int = setting(1000, "optimiser steps between validations")
     validation_inference_steps: list[int] = setting([1, 4], "steps of the pipeline; the first decides what is best")
@@ -130,14 +124,13 @@ class Settings:
         """Raises a ValueError for a value out of its range."""
         positive = (
             "resolution max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps "
-            "checkpoints_total_limit validation_steps logging_steps learning_rate max_grad_norm resize_to "
-            "num_train_epochs"
+            "validation_steps logging_steps learning_rate resize_to num_train_epochs"
         )
         for name in positive.split():
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         not_negative = (
-            "colour_weight perceptual_weight frequency_weight unroll_weight lora_rank cache_gib "
+            "colour_weight perceptual_weight frequency_weight unroll_weight lora_rank "
             "num_validation_images lr_warmup_steps dataloader_num_workers"
         )
         for name in not_negative.split():
@@ -145,7 +138,6 @@ class Settings:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         choices = {
             "loss": LOSSES,
-            "endpoint_loss": (None, *LOSSES),
             "timestep_law": LAWS,
             "degradation": ("bicubic", *CHAINS),
             "augmentation": ("turns", "flip", "none"),
@@ -268,7 +260,6 @@ def read_config(file: Path) -> dict:
     if not isinstance(chosen, dict):
         raise ValueError(f"{file} must hold lines of `setting: value`, found {chosen!r:.60}.")
     types, names = get_type_hints(Settings), Settings.__annotations__
-    chosen = with_adam(chosen)
     if unknown := sorted(map(str, chosen.keys() - types.keys())):
         raise ValueError(f"{file} has unknown settings {unknown}; `--help` lists the known ones.")
     for name, value in chosen.items():
@@ -299,16 +290,6 @@ def whole_adam(given: dict) -> dict:
     if not (0 <= first < 1 and 0 <= second < 1 and eps >= 0 and weight_decay >= 0):
         raise ValueError(f"`adam` takes `betas` in [0, 1), `eps` and `weight_decay` from 0, got {given}.")
     return {"betas": [first, second], "eps": eps, "weight_decay": weight_decay}
-
-
-def with_adam(settings: dict) -> dict:
-    """Settings with `adam`, also where a file has `adam_beta1`, `adam_beta2` and `adam_weight_decay`."""
-    flat = {name: settings[name] for name in ("adam_beta1", "adam_beta2", "adam_weight_decay") if name in settings}
-    if not flat or "adam" in settings:
-        return settings
-    adam = {"betas": [flat.get(f"adam_beta{n + 1}", beta) for n, beta in enumerate(ADAM["betas"])]}
-    adam["weight_decay"] = flat.get("adam_weight_decay", ADAM["weight_decay"])
-    return {name: value for name, value in settings.items() if name not in flat} | {"adam": whole_adam(adam)}
 
 
 def as_type(value, wanted: type):
@@ -342,8 +323,6 @@ def check_pipeline(settings: Settings, pipe: DiffusionPipeline) -> None:
             "`source: prior` in `scheduler` needs a `prior` in `pipeline`, or a network that encodes, and either "
             "needs it."
         )
-    if settings.endpoint_loss and not is_flow:
-        raise ValueError(f"`endpoint_loss` is for flows, not for {name}.")
     if settings.lr_data_dir and not upscales:
         raise ValueError(f"`lr_data_dir` is for networks that upscale, not for {name}.")
     if (settings.perceptual_weight or settings.colour_weight) and not (is_flow and upscales):

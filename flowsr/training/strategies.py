@@ -7,6 +7,7 @@ from dataclasses import replace
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from flowsr.training.optimizers import MAX_NORM
 from flowsr.training.settings import Settings
 
 STRICT_ABOUT_LAYOUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # weights in channels_last are refused
@@ -27,7 +28,7 @@ def fit_strategy(accelerator: Accelerator, settings: Settings) -> None:
             raise ValueError(
                 "ZeRO stage 3 hides the weights, of which averages are kept: choose `zero_stage` 1 or 2, or FSDP 2."
             )
-        deepspeed.deepspeed_config["gradient_clipping"] = settings.max_grad_norm  # it clips by itself
+        deepspeed.deepspeed_config["gradient_clipping"] = MAX_NORM  # it clips by itself
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
 
 
