@@ -69,7 +69,8 @@ def ncnn_system(param: str) -> Callable[[np.ndarray], np.ndarray]:
 
     def upscale(lr: np.ndarray) -> np.ndarray:
         extractor = net.create_extractor()
-        extractor.input("data", ncnn.Mat(np.ascontiguousarray(lr.transpose(2, 0, 1), np.float32) / 255))
+        pixels = np.ascontiguousarray(lr.transpose(2, 0, 1), np.float32) / 255
+        extractor.input("data", ncnn.Mat(pixels).clone())  # as a Mat does not keep its array alive
         _, answer = extractor.extract("output")
         return (np.array(answer).transpose(1, 2, 0) * 255).round().clip(0, 255).astype(np.uint8)
 

@@ -26,7 +26,7 @@ examples:
   flowsr upscale photos/ old.jpg -o large/ --compare
   flowsr upscale small.png -o large.png --fidelity 1 --consistency exact
   flowsr upscale small.png -o large.png --checkpoint me/my-upscaler --device cuda --dtype float16
-  flowsr upscale photos/ -o large/ --width 1920 --checkpoint auto
+  flowsr upscale photos/ -o large/ --width 1920
   flowsr upscale photos/ -o large/ --quiet --json""",
     "evaluate": """\
 examples:
@@ -88,15 +88,16 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    def checkpoint_option(to: argparse.ArgumentParser, more: str = "") -> None:
-        kinds = f"bundled name, folder, single file or Hub id{more} (default: x4)"
-        to.add_argument("--checkpoint", default="x4", help=kinds)
+    def checkpoint_option(to: argparse.ArgumentParser, default: str = "x4") -> None:
+        auto = "; auto: x4, or x4-real for JPEGs and noise" if default == "auto" else ""
+        kinds = f"bundled name, folder, single file or Hub id{auto} (default: {default})"
+        to.add_argument("--checkpoint", default=default, help=kinds)
 
     def device_option(to: argparse.ArgumentParser) -> None:
         to.add_argument("--device", default="auto", help="torch device; auto: a GPU where there is one (default)")
 
-    def flow_options(to: argparse.ArgumentParser, more_checkpoints: str = "") -> None:
-        checkpoint_option(to, more_checkpoints)
+    def flow_options(to: argparse.ArgumentParser, checkpoint: str = "x4") -> None:
+        checkpoint_option(to, checkpoint)
         device_option(to)
         to.add_argument("--fidelity", type=float, default=0.0, help="0 vivid ... 1 faithful (default: 0)")
         to.add_argument("--consistency", choices=("exact", "soft"), help="make the output agree with its input")
@@ -136,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--quiet", action="store_true", help="print errors alone")
     it.add_argument("--json", action="store_true", help="print one line of JSON for each picture")
     it.add_argument("--json-progress", action="store_true", help="likewise, and one after each step within a picture")
-    flow_options(it, "; auto: x4, or x4-real for JPEGs and noise")
+    flow_options(it, "auto")
 
     it = command(evaluate, "Measure on a folder of pictures: PSNR-Y, SSIM-Y, LPIPS, LR-PSNR.")
     it.add_argument("hr", help="folder of high-resolution pictures")

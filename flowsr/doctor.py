@@ -17,6 +17,7 @@ from flowsr.loading import best_device
 
 BUNDLED = {
     "x4": "photos that were downscaled cleanly; fidelity from faithful to vivid",
+    "x4-real": "JPEGs, noisy and blurred photos; softens what was clean",
     "ddpm_x4": "the same task by diffusion: samples with more detail, in ten steps and more",
     "digits": "generates handwritten digits of a class, for study",
 }

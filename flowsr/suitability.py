@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 
-import flowsr
 from flowsr.files import as_levels
 from flowsr.picture_file import PictureFile
 
@@ -49,14 +48,6 @@ def suits(picture: PictureFile | PIL.Image.Image) -> tuple[str, str]:
     return CLEAN, "neither JPEG blocks nor noise"
 
 
-def choose(picture: PictureFile | PIL.Image.Image) -> tuple[str, str]:
-    """As [`suits`], among the weights that ship: `x4` where `x4-real` does not."""
-    model, reason = suits(picture)
-    if ships(model):
-        return model, reason
-    return CLEAN, f"{reason}; {model}, made for that, does not ship with this version"
-
-
 def advise(picture: PictureFile, checkpoint: str, loaded: list[str]) -> tuple[str, str | None]:
     """Which of the loaded checkpoints is taken for a picture, and what to say of it, if anything.
 
@@ -64,23 +55,12 @@ def advise(picture: PictureFile, checkpoint: str, loaded: list[str]) -> tuple[st
         checkpoint: as it was asked for; `"auto"` chooses.
         loaded: names; the only one, where one was asked for.
     """
+    if checkpoint not in ("auto", CLEAN):
+        return loaded[0], None
+    model, reason = suits(picture)
     if checkpoint == "auto":
-        model, reason = choose(picture)
-        return model, f"{model}, as it has {reason}"
-    if checkpoint == CLEAN and ships(REAL):
-        model, reason = suits(picture)
-        if model == REAL:
-            return loaded[0], f"{REAL} may suit it better, as it has {reason}"
-    return loaded[0], None
-
-
-def ships(model: str) -> bool:
-    """Whether a checkpoint is bundled."""
-    try:
-        flowsr.bundled(model)
-    except ValueError:
-        return False
-    return True
+        return model, f"{REAL}, as it has {reason}" if model == REAL else None
+    return loaded[0], f"{REAL} may suit it better, as it has {reason}" if model == REAL else None
 
 
 def pixels_of(picture: PictureFile | PIL.Image.Image) -> np.ndarray:

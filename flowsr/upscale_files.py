@@ -28,7 +28,7 @@ from flowsr.loading import load_silently
 from flowsr.picture_reader import read_data, shape_of
 from flowsr.pipelines.output_size import OutputSize
 from flowsr.streaming import Progress, has_parts
-from flowsr.suitability import CLEAN, REAL, advise, ships
+from flowsr.suitability import CLEAN, REAL, advise
 
 SMALL_TILE = 128  # LR pixels: tried where memory ran out
 FORESEEN = 64  # pictures by which the time of all is estimated
@@ -40,7 +40,7 @@ class UpscaleSettings:
     """How pictures are upscaled and written: the options of `flowsr upscale` of these names.
 
     Attributes:
-        checkpoint: as for [`~flowsr.loading.load`]; "auto" chooses for each picture.
+        checkpoint: as for [`~flowsr.loading.load`]; "auto" chooses between x4 and x4-real for each picture.
         device, dtype: of the weights, by torch's names.
         steps, fidelity, consistency, seed, outscale, width, height: of the pipeline's call.
         fidelity_map: picture file, white where faithful, instead of a `fidelity`.
@@ -53,7 +53,7 @@ class UpscaleSettings:
         max_memory (`int`, *optional*): bytes, as for [`~flowsr.streaming.Upscaled`].
     """
 
-    checkpoint: str = "x4"
+    checkpoint: str = "auto"
     device: str = "auto"
     dtype: str | None = None
     steps: int = 4
@@ -343,7 +343,7 @@ def models_of(settings: UpscaleSettings) -> dict:
     """Pipelines by the names of their checkpoints: one, or for `auto` those among which each picture chooses."""
     checkpoint, dtype = settings.checkpoint, settings.dtype and getattr(torch, settings.dtype)
     if checkpoint == "auto":
-        return {name: load_silently(name, settings.device, dtype) for name in (CLEAN, REAL) if ships(name)}
+        return {name: load_silently(name, settings.device, dtype) for name in (CLEAN, REAL)}
     name = Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
     return {name: load_silently(checkpoint, settings.device, dtype)}
 

@@ -19,7 +19,7 @@ from flowsr.loading import load_upscaler
 from flowsr.metrics import lr_psnr, psnr_y
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-NAMES = ["ddpm_x4", "digits", "x4"]
+NAMES = ["ddpm_x4", "digits", "x4", "x4-real"]
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ import pytest
 from conftest import ROOT, make_encoded_pipeline, random_picture
 
 import flowsr
-from flowsr import suitability
 from flowsr.cli import main
 from flowsr.degradations import matlab_bicubic
 from flowsr.files import PictureFile, read_file
-from flowsr.suitability import blockiness, choose, jpeg_quality, noise, suits
+from flowsr.suitability import blockiness, jpeg_quality, noise, suits
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +89,6 @@ def test_every_kind_and_size_has_an_answer(mode, size):
 def test_a_read_file_has_the_tables(tmp_path, clean):
     as_jpeg(clean, 40).save(tmp_path / "a.jpg", quality=40)
     assert suits(read_file(tmp_path / "a.jpg"))[1] == "JPEG tables of quality 40"
-
-
-def test_without_the_weights_x4_is_taken_and_it_is_said(clean, monkeypatch):
-    monkeypatch.setattr(suitability, "ships", lambda model: model == "x4")
-    model, reason = choose(as_jpeg(clean, 30))
-    assert model == "x4" and "does not ship" in reason
 
 
 def test_the_command_line_chooses_for_each_picture(both_ship, tmp_path, clean, capsys):
