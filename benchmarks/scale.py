@@ -3,6 +3,7 @@
     python benchmarks/scale.py                                        # 0.25, 1, 4 and 16 megapixels, 1 and 4 steps
     python benchmarks/scale.py --megapixels 0.25 1 4 16 64 --csv scale.csv --plot scale.png
     python benchmarks/scale.py --estimate                             # also what was foretold beside what came
+    python benchmarks/scale.py --stream 20000                         # 400 megapixels into a file: hours on a CPU
 
 Every number is of a process of its own, and the peak is what that process takes beyond weights and imports. Time is
 that of the processor (all threads together), so that other work on the machine counts little. The share of the peak
@@ -16,6 +17,7 @@ import math
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -23,15 +25,17 @@ import PIL.Image
 import psutil
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from speed import EDSRBaseline
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowsr.estimate import estimate
 from flowsr.loading import load_upscaler
-from flowsr.streaming import Upscaled
+from flowsr.streaming import Upscaled, stream
 
 COLUMNS = ("method", "megapixels", "seconds", "seconds_per_megapixel", "memory_MiB", "share_of_peak")
 BESIDE = ("bicubic", "EDSR-baseline")
+STREAM_MEMORY = 2**30  # bytes for the network's work where a large picture is streamed
 
 
 def method_of(name: str, checkpoint: str):
@@ -43,8 +47,7 @@ def method_of(name: str, checkpoint: str):
     if name == "EDSR-baseline":
         edsr = EDSRBaseline().eval().to(memory_format=torch.channels_last).requires_grad_(False)
         return lambda pixels: edsr(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
-    pipe = load_upscaler(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(checkpoint)
     return lambda pixels: Upscaled(pixels, pipe, num_inference_steps=int(name.split()[1]))[:]
 
 
@@ -56,15 +59,27 @@ def measure(name: str, side: int, checkpoint: str, threads: int, repeats: int) -
     """Median of core-seconds, peak memory in bytes, and operations per LR pixel, of a picture of `side` LR pixels."""
     torch.set_num_threads(threads)
     method, pixels, seconds = method_of(name, checkpoint), picture(side), []
+    before = psutil.Process().memory_info().rss
     with FlopCounterMode(display=False) as counter:  # also chooses kernels
         method(pixels[:96, :96])
-    operations = counter.get_total_flops() / 96**2
-    before = psutil.Process().memory_info().rss
+    operations = counter.get_total_flops() / min(side, 96) ** 2
     for _ in range(repeats):
         start = time.process_time()
         method(pixels)
         seconds.append(time.process_time() - start)
-    return statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, operations
+    return statistics.median(seconds), peak_memory() - before, operations
+
+
+def peak_memory() -> int:
+    """Of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def pipeline(checkpoint: str):
+    logging.disable_progress_bar()
+    pipe = load_upscaler(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def convolution_peak(threads: int) -> float:
@@ -84,12 +99,24 @@ def convolution_peak(threads: int) -> float:
 def compare_estimate(side: int, steps: int, checkpoint: str, threads: int) -> tuple[float, float, float, float]:
     """Seconds and bytes of the process: foretold, then taken."""
     torch.set_num_threads(threads)
-    pipe = load_upscaler(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(checkpoint)
     foretold, start = estimate(pipe, (side, side), num_inference_steps=steps), time.perf_counter()
     Upscaled(picture(side), pipe, num_inference_steps=steps)[:]
     seconds = time.perf_counter() - start
-    return foretold.seconds, seconds, foretold.memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return foretold.seconds, seconds, foretold.memory, peak_memory()
+
+
+def measure_stream(side: int, steps: int, checkpoint: str, threads: int) -> tuple[float, int]:
+    """Core-seconds and peak memory of a process that streams a result of `side` x `side` pixels into a file."""
+    torch.set_num_threads(threads)
+    pipe, small = pipeline(checkpoint), np.tile(picture(64), (math.ceil(side / 256), math.ceil(side / 256), 1))
+    start = time.process_time()
+    with tempfile.TemporaryFile() as file:
+        stream(
+            small[: side // 4, : side // 4], lambda rows: file.write(rows.tobytes()), pipe, num_inference_steps=steps,
+            max_memory=STREAM_MEMORY,
+        )  # fmt: skip
+    return time.process_time() - start, peak_memory()
 
 
 def line(area: list[float], cost: list[float]) -> tuple[float, float, float]:
@@ -128,6 +155,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3, help="of results below two megapixels; larger ones: 1")
     parser.add_argument("--estimate", action="store_true", help="also compare `pipe.estimate` on three sizes")
+    parser.add_argument(
+        "--stream", type=int, metavar="SIDE", help="instead: a result of SIDE x SIDE pixels, to a file"
+    )
     parser.add_argument("--csv", help="also write the numbers to this file")
     parser.add_argument("--plot", help="also draw them into this file")
     options = parser.parse_args()
@@ -137,6 +167,12 @@ def main() -> None:
     sides = {each: round(math.sqrt(each) * 1024 / 4) for each in options.megapixels}
     fixed = (options.checkpoint, options.threads)
     with processes.Pool(1, maxtasksperchild=1) as pool:
+        if options.stream:
+            for steps in options.steps:
+                seconds, memory = pool.apply(measure_stream, (options.stream, steps, *fixed))
+                told = f"{options.stream} x {options.stream}, {steps} steps: {seconds:.0f} core-seconds"
+                print(f"{told}, at most {memory >> 20} MiB of memory, imports and weights included")
+            return
         peak = pool.apply(convolution_peak, (options.threads,))
         print(f"{options.checkpoint}, {options.threads} threads; the fastest convolution: {peak / 1e9:.1f} GFLOP/s\n")
         print("| | output MP | core-s / MP | peak MiB | share of the peak |\n|---|---|---|---|---|")
@@ -152,12 +188,13 @@ def main() -> None:
                 print(
                     f"| {name} | {megapixels:g} | {seconds / megapixels:.3f} | {memory >> 20} | {told} |", flush=True
                 )
-        print("\n| core-seconds against megapixels | start | slope | largest residual |\n|---|---|---|---|")
-        for name in dict.fromkeys(row["method"] for row in rows):
-            start, slope, residual = line(
-                *zip(*((r["megapixels"], r["seconds"]) for r in rows if r["method"] == name))
-            )
-            print(f"| {name} | {start:.3f} | {slope:.3f} | {residual:.1%} |")
+        if len(sides) > 2:
+            print("\n| core-seconds against megapixels | start | slope | largest residual |\n|---|---|---|---|")
+            for name in dict.fromkeys(row["method"] for row in rows):
+                start, slope, residual = line(
+                    *zip(*((r["megapixels"], r["seconds"]) for r in rows if r["method"] == name))
+                )
+                print(f"| {name} | {start:.3f} | {slope:.3f} | {residual:.1%} |")
         if options.estimate:
             print("\n| output MP, steps | seconds: foretold, taken | ratio | MiB: foretold, taken | ratio |")
             print("|---|---|---|---|---|")
