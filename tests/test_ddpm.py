@@ -291,7 +291,8 @@ def test_bad_input_is_refused():
 def test_the_call_is_that_of_flow_matching():
     ours, theirs = (inspect.signature(cls.__call__).parameters for cls in (DDPMSRPipeline, FlowMatchSRPipeline))
     shared = [name for name in theirs if name in ours]
-    assert set(theirs) - set(ours) == {"sigmas", "fidelity", "solver", "rtol", "atol", "class_labels", "corner"}
+    of_flows = {"sigmas", "fidelity", "solver", "rtol", "atol", "class_labels", "corner", "output_uncertainty"}
+    assert set(theirs) - set(ours) == of_flows
     assert set(ours) - set(theirs) == {"eta", "prompt_embeds"}
     assert [name for name in ours if name in theirs] == shared
     assert all(ours[name] == theirs[name] for name in shared if name != "num_inference_steps")
