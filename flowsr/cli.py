@@ -262,7 +262,7 @@ def upscale_by_ray(options: argparse.Namespace, settings) -> int:
             "`--engine ray` takes one folder to another, without `--dry-run`, `--compare` and `--uncertainty`."
         )
 
-    def told(report: dict) -> None:
+    def on_report(report: dict) -> None:
         if options.json or options.json_progress:
             print(json.dumps(report), flush=True)
         for note in report.get("notes", []):
@@ -270,7 +270,7 @@ def upscale_by_ray(options: argparse.Namespace, settings) -> int:
 
     workers = {"workers": options.workers, "gpus": options.gpus, "shard": options.shard}
     place = (options.input[0], options.output)
-    done = upscale(*place, **workers, overwrite=options.overwrite, told=told, **asdict(settings))
+    done = upscale(*place, **workers, overwrite=options.overwrite, on_report=on_report, **asdict(settings))
     for failure in done.failures:
         print(f"flowsr: {failure}", file=sys.stderr)
     if not (options.quiet or options.json or options.json_progress):

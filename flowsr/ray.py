@@ -60,7 +60,7 @@ def upscale(
     shard: tuple[int, int] | None = None,
     overwrite: bool = False,
     filesystem: Any = None,
-    told: Callable[[dict], None] = lambda report: None,
+    on_report: Callable[[dict], None] = lambda report: None,
     **settings,
 ) -> Summary:
     """Upscales every picture below `source` that no earlier call has upscaled alike.
@@ -74,7 +74,7 @@ def upscale(
         shard: number and count: only these of the pictures, by a hash of their paths.
         overwrite: replace results that are of other settings or pictures, which are refused without it.
         filesystem (*optional*): of pyarrow or fsspec, for both places.
-        told: called with the report of each picture, as [`FileUpscaler`] makes it.
+        on_report: called with the report of each picture, as [`FileUpscaler`] makes it.
         settings: of [`UpscaleSettings`].
 
     Raises:
@@ -105,7 +105,7 @@ def upscale(
     )
     for row in reports.iter_rows():
         report = json.loads(row["report"])
-        told(report)
+        on_report(report)
         if "error" in report:
             summary.failures.append(report["error"])
         else:

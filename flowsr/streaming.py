@@ -230,11 +230,11 @@ def upscaled(
     return rows if wanted == rows.shape[:2] else Resized(rows, wanted)
 
 
-def following_steps(told: Callable[[int, int], None]) -> dict:
-    """Options for a pipeline's call by which `told` gets the number of steps done and of all, after each."""
+def following_steps(on_step: Callable[[int, int], None]) -> dict:
+    """Options for a pipeline's call by which `on_step` gets the number of steps done and of all, after each."""
 
     def tell(pipe: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        told(step + 1, pipe.num_timesteps)
+        on_step(step + 1, pipe.num_timesteps)
         return tensors
 
     return {"callback_on_step_end": tell, "callback_on_step_end_tensor_inputs": []}

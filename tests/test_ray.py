@@ -66,7 +66,7 @@ def contents(folder) -> dict[str, bytes]:
 @slow
 def test_two_workers_make_each_file_once_as_one_call_does(call, tmp_path):
     reports = []
-    summary = call(told=reports.append)
+    summary = call(on_report=reports.append)
     assert (summary.made, summary.skipped, summary.failures) == (12, 0, [])
     assert len({report["output"] for report in reports}) == len(reports) == 12
     assert contents(tmp_path / "out") == whole(tmp_path)
@@ -98,7 +98,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(call, tmp_path):
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    summary = call(told=reports.append)
+    summary = call(on_report=reports.append)
     killer.join()
     assert killed
     assert (summary.made, summary.failures) == (12, [])
@@ -125,7 +125,7 @@ def test_a_call_that_goes_on_after_one_that_was_cut_off_does_the_rest(call, tmp_
         raise Stop
 
     with pytest.raises(Stop):
-        call(told=stop)
+        call(on_report=stop)
     time.sleep(1)  # what a worker has in hand is finished
     there = contents(tmp_path / "out")
     times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in there}
